@@ -1,0 +1,1 @@
+"""SigLIP for transformers."""
