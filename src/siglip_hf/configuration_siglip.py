@@ -1,0 +1,280 @@
+"""SigLIP configurations: text tower, vision tower, and both, with the shapes of the published checkpoints.
+
+Field names and defaults are those of the published `config.json` files, so every hub configuration loads unchanged.
+Source of the shapes: https://arxiv.org/abs/2303.15343 (SigLIP), https://arxiv.org/abs/2502.14786 (SigLIP 2) and the
+configurations in google-research/big_vision.
+"""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+def as_pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
+    """Returns `(height, width)` of a size given as one number (square) or as two.
+
+    Raises:
+        ValueError: If a sequence does not hold exactly two numbers.
+    """
+    if isinstance(size, int):
+        return size, size
+    if len(size) != 2:
+        raise ValueError(f"a size is one number or (height, width); got {list(size)}")
+    return size[0], size[1]
+
+
+class _SiglipConfigMixin:
+    """What the three configurations share: a misspelt key is an error, not a silently unused attribute."""
+
+    def _refuse_misspelt_keys(self, extra: dict[str, Any]) -> None:
+        # Other unknown keys stay allowed: configurations of vision-language models and of older transformers versions
+        # carry keys of their own in `vision_config`, and those must keep loading.
+        fields = set(self.__dataclass_fields__)  # type: ignore[attr-defined]
+        for key in extra:
+            if hasattr(type(self), key):  # class attributes such as model_type stand in the files too
+                continue
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.9)
+            if near:
+                raise ValueError(f"{type(self).__name__} has no field {key!r}; did you mean {near[0]!r}?")
+
+
+class _SiglipTowerConfig(_SiglipConfigMixin, PreTrainedConfig):
+    """Fields of both towers (a Transformer encoder each)."""
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    hidden_act: str = "gelu_pytorch_tanh"
+    layer_norm_eps: float = 1e-6
+    attention_dropout: float | int = 0.0
+
+    def __post_init__(self, **kwargs):
+        self._refuse_misspelt_keys(kwargs)
+        super().__post_init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
+                f"({self.num_attention_heads})"
+            )
+
+
+@strict
+class SiglipTextConfig(_SiglipTowerConfig):
+    """Configuration of the SigLIP text tower.
+
+    Args:
+        vocab_size: Number of token ids.
+        hidden_size: Width D of the Transformer.
+        intermediate_size: Width of the MLP.
+        num_hidden_layers: Number of Transformer blocks.
+        num_attention_heads: Number of heads H; D must be a multiple of it.
+        max_position_embeddings: Text length L. The model was trained on texts padded to exactly this length.
+        hidden_act: Activation of the MLP.
+        layer_norm_eps: Epsilon of the layer norms.
+        attention_dropout: Dropout probability of the attention weights, in training only.
+        pad_token_id: Padding token. Must lie in the vocabulary, since every text is padded with it.
+        bos_token_id: Unused by the model; published configurations carry an id outside the vocabulary.
+        eos_token_id: Unused by the model, likewise.
+        projection_size: Width E of the embedding. Defaults to `hidden_size`.
+
+    Raises:
+        ValueError: If the values cannot make a model; the message names them.
+    """
+
+    model_type = "siglip_text_model"
+    base_config_key = "text_config"
+
+    vocab_size: int = 32000
+    max_position_embeddings: int = 64
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = 1
+    projection_size: int | None = None
+
+    def __post_init__(self, **kwargs):
+        if self.projection_size is None:
+            self.projection_size = self.hidden_size
+        super().__post_init__(**kwargs)
+
+    def validate_token_ids(self):
+        """Replaces the base check, which warns about the bos and eos ids of every published configuration."""
+
+    def _check(self) -> None:
+        super()._check()
+        if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(
+                f"pad_token_id ({self.pad_token_id}) lies outside the vocabulary of {self.vocab_size} ids; texts are "
+                "padded with it, so it must be one of them"
+            )
+
+
+@strict
+class SiglipVisionConfig(_SiglipTowerConfig):
+    """Configuration of the SigLIP vision tower.
+
+    Args:
+        hidden_size: Width D of the Transformer, and of the image embedding.
+        intermediate_size: Width of the MLP.
+        num_hidden_layers: Number of Transformer blocks.
+        num_attention_heads: Number of heads H; D must be a multiple of it.
+        num_channels: Channels of the picture.
+        image_size: Height and width in pixels: one number, or `(height, width)`.
+        patch_size: Height and width of a patch in pixels: one number, or `(height, width)`.
+        hidden_act: Activation of the MLP.
+        layer_norm_eps: Epsilon of the layer norms.
+        attention_dropout: Dropout probability of the attention weights, in training only.
+        vision_use_head: Whether the tower ends in the attention-pooling head.
+
+    Raises:
+        ValueError: If the values cannot make a model; the message names them.
+    """
+
+    model_type = "siglip_vision_model"
+    base_config_key = "vision_config"
+
+    num_channels: int = 3
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    vision_use_head: bool = True
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches. Pixels that do not fill a patch at the lower and right edge are not seen."""
+        (height, width), (patch_height, patch_width) = as_pair(self.image_size), as_pair(self.patch_size)
+        return height // patch_height, width // patch_width
+
+    def _check(self) -> None:
+        super()._check()
+        if min(as_pair(self.patch_size)) < 1:
+            raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
+        if min(self.patch_grid) < 1:
+            raise ValueError(f"patch_size ({self.patch_size}) is larger than image_size ({self.image_size})")
+
+
+@strict
+class SiglipConfig(_SiglipConfigMixin, PreTrainedConfig):
+    """Configuration of the two-tower SigLIP model.
+
+    Args:
+        text_config: Configuration of the text tower, or its fields as a dict.
+        vision_config: Configuration of the vision tower, or its fields as a dict.
+        initializer_factor: Factor on the initial scale of a new classification layer.
+
+    Raises:
+        ValueError: If the two embeddings differ in width; the message names both.
+    """
+
+    model_type = "siglip"
+    sub_configs_defaults = {"text_config": SiglipTextConfig, "vision_config": SiglipVisionConfig}  # noqa: RUF012
+
+    text_config: dict | PreTrainedConfig | None = None
+    vision_config: dict | PreTrainedConfig | None = None
+    initializer_factor: float = 1.0
+
+    def __post_init__(self, **kwargs):
+        self._refuse_misspelt_keys(kwargs)
+        super().__post_init__(**kwargs)
+        text, vision = self.text_config, self.vision_config
+        if isinstance(text, SiglipTextConfig) and isinstance(vision, SiglipVisionConfig):
+            if text.projection_size != vision.hidden_size:
+                raise ValueError(
+                    f"text_config.projection_size ({text.projection_size}) must equal vision_config.hidden_size "
+                    f"({vision.hidden_size}): images and texts are compared in one space"
+                )
+
+    def validate_token_ids(self):
+        """The text configuration checks its own ids."""
+
+    @classmethod
+    def from_text_vision_configs(
+        cls, text_config: SiglipTextConfig, vision_config: SiglipVisionConfig, **kwargs
+    ) -> SiglipConfig:
+        """Makes the joint configuration of two towers."""
+        return cls(text_config=text_config.to_dict(), vision_config=vision_config.to_dict(), **kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **kwargs) -> SiglipConfig:
+        """Makes the configuration of a published checkpoint, e.g. `"siglip-base-patch16-224"`, without the network.
+
+        Args:
+            name: A key of `PRESETS`; a leading `"google/"` is ignored.
+            **kwargs: Further fields of `SiglipConfig`.
+
+        Raises:
+            ValueError: If there is no such preset; the message names the nearest ones.
+        """
+        key = name.removeprefix("google/")
+        if key not in PRESETS:
+            near = difflib.get_close_matches(key, PRESETS, n=3, cutoff=0.3)
+            raise ValueError(f"no preset {name!r}; the nearest are {near}, all are in siglip_hf.PRESETS")
+        text, vision = PRESETS[key]
+        return cls(text_config=dict(text), vision_config=dict(vision), **kwargs)
+
+
+# Shapes of the towers: width, MLP width, blocks, heads. "so400m" is the shape-optimized ViT of
+# https://arxiv.org/abs/2305.13035; "g-opt" is the SigLIP 2 giant, whose text tower is a so400m.
+_SHAPES: dict[str, dict[str, int]] = {
+    size: dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), values))
+    for size, values in {
+        "base": (768, 3072, 12, 12),
+        "large": (1024, 4096, 24, 16),
+        "so400m": (1152, 4304, 27, 16),
+        "giant-opt": (1536, 6144, 40, 16),
+    }.items()
+}
+
+# Vocabulary sizes: SentencePiece on English C4, on multilingual C4, and Gemma's.
+_C4_EN, _MC4, _GEMMA = 32_000, 250_000, 256_000
+
+
+def _preset(size: str, patch_size: int, image_size: int, vocab_size: int, length: int = 64) -> tuple[dict, dict]:
+    vision = _SHAPES[size] | {"patch_size": patch_size, "image_size": image_size}
+    text = _SHAPES["so400m" if size == "giant-opt" else size]
+    text = text | {"vocab_size": vocab_size, "max_position_embeddings": length}
+    text["projection_size"] = vision["hidden_size"]
+    return text, vision
+
+
+# Published checkpoint -> (fields of the text configuration, fields of the vision configuration).
+PRESETS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    # SigLIP, https://huggingface.co/collections/google/siglip
+    "siglip-base-patch16-224": _preset("base", 16, 224, _C4_EN),
+    "siglip-base-patch16-256": _preset("base", 16, 256, _C4_EN),
+    "siglip-base-patch16-384": _preset("base", 16, 384, _C4_EN),
+    "siglip-base-patch16-512": _preset("base", 16, 512, _C4_EN),
+    "siglip-base-patch16-256-multilingual": _preset("base", 16, 256, _MC4),
+    "siglip-large-patch16-256": _preset("large", 16, 256, _C4_EN),
+    "siglip-large-patch16-384": _preset("large", 16, 384, _C4_EN),
+    "siglip-so400m-patch14-224": _preset("so400m", 14, 224, _C4_EN, length=16),
+    "siglip-so400m-patch14-384": _preset("so400m", 14, 384, _C4_EN),
+    "siglip-so400m-patch16-256-i18n": _preset("so400m", 16, 256, _MC4),
+    # SigLIP 2 at fixed resolution, https://huggingface.co/collections/google/siglip2
+    "siglip2-base-patch32-256": _preset("base", 32, 256, _GEMMA),
+    "siglip2-base-patch16-224": _preset("base", 16, 224, _GEMMA),
+    "siglip2-base-patch16-256": _preset("base", 16, 256, _GEMMA),
+    "siglip2-base-patch16-384": _preset("base", 16, 384, _GEMMA),
+    "siglip2-base-patch16-512": _preset("base", 16, 512, _GEMMA),
+    "siglip2-large-patch16-256": _preset("large", 16, 256, _GEMMA),
+    "siglip2-large-patch16-384": _preset("large", 16, 384, _GEMMA),
+    "siglip2-large-patch16-512": _preset("large", 16, 512, _GEMMA),
+    "siglip2-giant-opt-patch16-256": _preset("giant-opt", 16, 256, _GEMMA),
+    "siglip2-giant-opt-patch16-384": _preset("giant-opt", 16, 384, _GEMMA),
+    "siglip2-so400m-patch14-224": _preset("so400m", 14, 224, _GEMMA),
+    "siglip2-so400m-patch14-384": _preset("so400m", 14, 384, _GEMMA),
+    "siglip2-so400m-patch16-256": _preset("so400m", 16, 256, _GEMMA),
+    "siglip2-so400m-patch16-384": _preset("so400m", 16, 384, _GEMMA),
+    "siglip2-so400m-patch16-512": _preset("so400m", 16, 512, _GEMMA),
+}
+
+__all__ = ["PRESETS", "SiglipConfig", "SiglipTextConfig", "SiglipVisionConfig"]
