@@ -1,1 +1,77 @@
-"""SigLIP for transformers."""
+"""SigLIP and SigLIP 2 for transformers: import it, and AutoModel, AutoProcessor and pipeline use its classes.
+
+Names are resolved on first use, so that the import itself stays cheap (see `registration`).
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from siglip_hf._version import __version__
+from siglip_hf.registration import register
+
+# Public name -> module that defines it.
+_MODULES = {
+    "PRESETS": "configuration_siglip",
+    "SiglipConfig": "configuration_siglip",
+    "SiglipTextConfig": "configuration_siglip",
+    "SiglipVisionConfig": "configuration_siglip",
+    "SiglipForImageClassification": "modeling_siglip",
+    "SiglipModel": "modeling_siglip",
+    "SiglipPreTrainedModel": "modeling_siglip",
+    "SiglipTextModel": "modeling_siglip",
+    "SiglipVisionModel": "modeling_siglip",
+    "SiglipImageProcessor": "image_processing_siglip",
+    "SiglipImageProcessorFast": "image_processing_siglip_fast",
+    "SiglipProcessor": "processing_siglip",
+    "SiglipTokenizer": "tokenization_siglip",
+    "SiglipTokenizerFast": "tokenization_siglip_fast",
+    "canonicalize_text": "text_cleaning",
+    "sigmoid_loss": "loss",
+}
+
+__all__ = ["__version__", "default_checkpoint", *_MODULES]
+
+if TYPE_CHECKING:
+    from siglip_hf.configuration_siglip import PRESETS as PRESETS
+    from siglip_hf.configuration_siglip import SiglipConfig as SiglipConfig
+    from siglip_hf.configuration_siglip import SiglipTextConfig as SiglipTextConfig
+    from siglip_hf.configuration_siglip import SiglipVisionConfig as SiglipVisionConfig
+    from siglip_hf.image_processing_siglip import SiglipImageProcessor as SiglipImageProcessor
+    from siglip_hf.image_processing_siglip_fast import SiglipImageProcessorFast as SiglipImageProcessorFast
+    from siglip_hf.loss import sigmoid_loss as sigmoid_loss
+    from siglip_hf.modeling_siglip import SiglipForImageClassification as SiglipForImageClassification
+    from siglip_hf.modeling_siglip import SiglipModel as SiglipModel
+    from siglip_hf.modeling_siglip import SiglipPreTrainedModel as SiglipPreTrainedModel
+    from siglip_hf.modeling_siglip import SiglipTextModel as SiglipTextModel
+    from siglip_hf.modeling_siglip import SiglipVisionModel as SiglipVisionModel
+    from siglip_hf.processing_siglip import SiglipProcessor as SiglipProcessor
+    from siglip_hf.text_cleaning import canonicalize_text as canonicalize_text
+    from siglip_hf.tokenization_siglip import SiglipTokenizer as SiglipTokenizer
+    from siglip_hf.tokenization_siglip_fast import SiglipTokenizerFast as SiglipTokenizerFast
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def default_checkpoint() -> str:
+    """Returns the folder of the embedded checkpoint, a small SigLIP trained by this package's own code.
+
+    It holds all files of a hub repository, so the path serves as a model name: `AutoModel.from_pretrained(path)`.
+    """
+    (config,) = (Path(__file__).parent / "checkpoints").glob("*/config.json")
+    return str(config.parent)
+
+
+register()

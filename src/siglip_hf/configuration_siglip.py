@@ -224,8 +224,9 @@ class SiglipConfig(_SiglipConfigMixin, PreTrainedConfig):
 
 # Shapes of the towers: width, MLP width, blocks, heads. "so400m" is the shape-optimized ViT of
 # https://arxiv.org/abs/2305.13035; "g-opt" is the SigLIP 2 giant, whose text tower is a so400m.
+_SHAPE_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _SHAPES: dict[str, dict[str, int]] = {
-    size: dict(zip(("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"), values))
+    size: dict(zip(_SHAPE_FIELDS, values, strict=True))
     for size, values in {
         "base": (768, 3072, 12, 12),
         "large": (1024, 4096, 24, 16),

@@ -1,0 +1,191 @@
+"""Makes transformers use this package's classes for SigLIP: the only module that touches its registries.
+
+`import transformers` is lazy: the modules that hold the registries come with torch and cost seconds. So nothing is
+imported here for registration's sake. A registry that is already loaded is filled at once, the others in the moment
+transformers itself loads them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.abc
+import importlib.machinery
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+_AUTO = "transformers.models.auto."
+
+
+def _register_configs(module: Any) -> None:
+    from siglip_hf import configuration_siglip as configuration
+
+    for config_class in (
+        configuration.SiglipConfig,
+        configuration.SiglipTextConfig,
+        configuration.SiglipVisionConfig,
+    ):
+        module.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+
+
+def _register_models(module: Any) -> None:
+    from siglip_hf import configuration_siglip as configuration
+    from siglip_hf import modeling_siglip as modeling
+
+    joint, text, vision = (
+        configuration.SiglipConfig,
+        configuration.SiglipTextConfig,
+        configuration.SiglipVisionConfig,
+    )
+    for auto_class, config_class, model_class in (
+        (module.AutoModel, joint, modeling.SiglipModel),
+        (module.AutoModel, text, modeling.SiglipTextModel),
+        (module.AutoModel, vision, modeling.SiglipVisionModel),
+        (module.AutoModelForZeroShotImageClassification, joint, modeling.SiglipModel),
+        (module.AutoModelForImageClassification, joint, modeling.SiglipForImageClassification),
+    ):
+        auto_class.register(config_class, model_class, exist_ok=True)
+    # The classifier also takes a vision-only configuration, which `AutoModelFor...register` would refuse: it wants
+    # one configuration class per model class.
+    module.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(
+        vision, modeling.SiglipForImageClassification, exist_ok=True
+    )
+
+
+def _register_tokenizers(module: Any) -> None:
+    from siglip_hf.configuration_siglip import SiglipConfig, SiglipTextConfig
+    from siglip_hf.tokenization_siglip import SiglipTokenizer
+    from siglip_hf.tokenization_siglip_fast import SiglipTokenizerFast
+
+    for config_class in (SiglipConfig, SiglipTextConfig):
+        module.AutoTokenizer.register(
+            config_class,
+            slow_tokenizer_class=SiglipTokenizer,
+            fast_tokenizer_class=SiglipTokenizerFast,
+            exist_ok=True,
+        )
+
+
+def _register_image_processors(module: Any) -> None:
+    from siglip_hf.configuration_siglip import SiglipConfig, SiglipVisionConfig
+    from siglip_hf.image_processing_siglip import SiglipImageProcessor
+    from siglip_hf.image_processing_siglip_fast import SiglipImageProcessorFast
+
+    for config_class in (SiglipConfig, SiglipVisionConfig):
+        module.AutoImageProcessor.register(
+            config_class,
+            # transformers calls its fast backend "torchvision"; ours needs torch alone.
+            image_processor_classes={"pil": SiglipImageProcessor, "torchvision": SiglipImageProcessorFast},
+            exist_ok=True,
+        )
+
+
+def _register_processors(module: Any) -> None:
+    from siglip_hf.configuration_siglip import SiglipConfig
+    from siglip_hf.processing_siglip import SiglipProcessor
+
+    # A class named in processor_config.json is looked up among the built-in names first, and only then among the
+    # registered classes; so the built-in name has to go for ours to be found.
+    module.PROCESSOR_MAPPING_NAMES.pop("siglip", None)
+    module.AutoProcessor.register(SiglipConfig, SiglipProcessor, exist_ok=True)
+
+
+def _register_pipelines(module: Any) -> None:
+    task = module.PIPELINE_REGISTRY.supported_tasks["zero-shot-image-classification"]
+    # A dotted path: transformers imports it when a pipeline of this task is made.
+    task["impl"] = "siglip_hf.pipeline_zero_shot.SiglipZeroShotImageClassificationPipeline"
+
+
+_REGISTRARS: dict[str, Callable[[Any], None]] = {
+    f"{_AUTO}configuration_auto": _register_configs,
+    f"{_AUTO}modeling_auto": _register_models,
+    f"{_AUTO}tokenization_auto": _register_tokenizers,
+    f"{_AUTO}image_processing_auto": _register_image_processors,
+    f"{_AUTO}processing_auto": _register_processors,
+    "transformers.pipelines": _register_pipelines,
+}
+
+
+class _RegisterAfterImport(importlib.abc.MetaPathFinder):
+    """Runs a registrar once its registry is loaded.
+
+    The registrars import this package's modules, and those import transformers'. Registries are loaded from within
+    both, half way through. So a registrar waits until the outermost of these imports is done.
+    """
+
+    def __init__(self) -> None:
+        self._thread = threading.local()
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not fullname.startswith(("transformers.", "siglip_hf.")):
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self)
+        specs = (finder.find_spec(fullname, path, target) for finder in others)
+        spec = next((spec for spec in specs if spec is not None), None)
+        if spec is not None and spec.loader is not None:
+            spec.loader.exec_module = functools.partial(  # type: ignore[method-assign]
+                self._exec_module, fullname, spec.loader.exec_module
+            )
+        return spec
+
+    def _exec_module(self, fullname: str, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        thread = self._thread
+        thread.depth = getattr(thread, "depth", 0) + 1
+        try:
+            execute(module)
+        finally:
+            thread.depth -= 1
+        if fullname in _REGISTRARS:
+            thread.waiting = [*getattr(thread, "waiting", []), fullname]
+        while thread.depth == 0 and getattr(thread, "waiting", []):
+            name = thread.waiting.pop(0)
+            _REGISTRARS[name](sys.modules[name])
+
+
+def register() -> None:
+    """Registers every class of this package with transformers. Idempotent and cheap; `import siglip_hf` calls it."""
+    if any(isinstance(finder, _RegisterAfterImport) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _RegisterAfterImport())
+    for name, registrar in _REGISTRARS.items():
+        if name in sys.modules:
+            registrar(sys.modules[name])
+
+
+def register_weight_conversions() -> None:
+    """Registers how tensors of published checkpoints become this package's parameters, and back on saving.
+
+    Called by `modeling_siglip` on import. The two conversions hang on submodules whose class names are this package's
+    own, so that stock models in the same process load as before.
+    """
+    from transformers import conversion_mapping
+    from transformers.core_model_loading import Chunk, WeightConverter
+
+    from siglip_hf.weight_conversion import ResizePositions
+
+    register_mapping = conversion_mapping.register_checkpoint_conversion_mapping
+    register_mapping(
+        "SiglipAttentionPoolingHead",
+        [
+            WeightConverter(
+                f"attention.in_proj_{kind}",
+                [f"attention.{projection}_proj.{kind}" for projection in "qkv"],
+                operations=[Chunk(dim=0)],
+            )
+            for kind in ("weight", "bias")
+        ],
+        overwrite=True,
+    )
+    register_mapping(
+        "SiglipVisionEmbeddings",
+        [WeightConverter("position_embedding.weight", "position_embedding.weight", operations=[ResizePositions()])],
+        overwrite=True,
+    )
+    # The towers' own mappings (a "vision_model." prefix that may be there or not) stay transformers'; registering
+    # them anew only tells it that they hold for classes outside of transformers too.
+    for tower in ("SiglipTextModel", "SiglipVisionModel"):
+        register_mapping(tower, conversion_mapping.get_checkpoint_conversion_mapping(tower), overwrite=True)
