@@ -73,6 +73,11 @@ class Picture(NamedTuple):
             return self.pixels.height, self.pixels.width
         return self.pixels.shape[0], self.pixels.shape[1]
 
+    @property
+    def holds_floats(self) -> bool:
+        """Whether the pixels were left as floats (`keep_floats`) instead of being rounded to 8 bits."""
+        return not isinstance(self.pixels, Image.Image) and self.pixels.dtype.kind == "f"
+
     def to_pil(self) -> Image.Image:
         """The picture as a PIL image."""
         if isinstance(self.pixels, Image.Image):
