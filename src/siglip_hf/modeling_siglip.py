@@ -8,7 +8,6 @@ Shapes: B batch, N patches, L text tokens, D width, H heads, E embedding (E = D 
 
 import copy
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
 from transformers.modeling_utils import PreTrainedModel
-from transformers.utils import ModelOutput, can_return_tuple, logging
+from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
@@ -31,86 +30,10 @@ from siglip_hf.layers import (
     _MultiHeadAttention,
 )
 from siglip_hf.loss import sigmoid_loss
+from siglip_hf.modeling_outputs import SiglipOutput, SiglipPoolingOutput
 from siglip_hf.registration import register_weight_conversions
 
 logger = logging.get_logger(__name__)
-
-
-@dataclass
-class SiglipVisionModelOutput(ModelOutput):
-    """Image embeddings with the states that led to them.
-
-    Attributes:
-        image_embeds: (B, E).
-        last_hidden_state: (B, N, D).
-        hidden_states: One (B, N, D) per block, and the first block's input.
-        attentions: One (B, H, N, N) per block.
-    """
-
-    image_embeds: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class SiglipTextModelOutput(ModelOutput):
-    """Text embeddings with the states that led to them.
-
-    Attributes:
-        text_embeds: (B, E).
-        last_hidden_state: (B, L, D).
-        hidden_states: One (B, L, D) per block, and the first block's input.
-        attentions: One (B, H, L, L) per block.
-    """
-
-    text_embeds: torch.Tensor | None = None
-    last_hidden_state: torch.Tensor | None = None
-    hidden_states: tuple[torch.Tensor, ...] | None = None
-    attentions: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class SiglipPoolingOutput(BaseModelOutputWithPooling):
-    """Output of the vision tower.
-
-    Attributes:
-        last_hidden_state: (B, N, D), after the final layer norm.
-        pooler_output: (B, D) of the attention-pooling head, not normalized; None without a head.
-        hidden_states: One (B, N, D) per block, and the first block's input; `hidden_states[-1]` is the last block's
-            output before the final layer norm.
-        attentions: One (B, H, N, N) per block.
-        cross_attentions: What the pooling head looks at: one (B, H, 1, N), with `output_attentions=True`.
-    """
-
-    cross_attentions: tuple[torch.Tensor, ...] | None = None
-
-
-@dataclass
-class SiglipOutput(ModelOutput):
-    """Output of `SiglipModel`. What belongs to a tower that got no input is None.
-
-    Attributes:
-        loss: Scalar sigmoid loss, with `return_loss=True`.
-        logits_per_image: (images, texts); `sigmoid` of them are the probabilities that a text describes an image.
-        logits_per_text: (texts, images), their transpose.
-        text_embeds: (texts, E), L2-normalized.
-        image_embeds: (images, E), L2-normalized.
-        text_model_output: Output of the text tower.
-        vision_model_output: Output of the vision tower.
-    """
-
-    loss: torch.Tensor | None = None
-    logits_per_image: torch.Tensor | None = None
-    logits_per_text: torch.Tensor | None = None
-    text_embeds: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    text_model_output: BaseModelOutputWithPooling | None = None
-    vision_model_output: SiglipPoolingOutput | None = None
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """Returns all fields that are set, towers' outputs as tuples too."""
-        return tuple(value.to_tuple() if isinstance(value, ModelOutput) else value for value in self.values())
 
 
 def l2_normalize(embeds: torch.Tensor) -> torch.Tensor:
@@ -155,6 +78,11 @@ class SiglipPreTrainedModel(PreTrainedModel):
         "hidden_states": SiglipEncoderLayer,
         "attentions": SiglipAttention,
     }
+
+    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
+        # For classes outside of transformers the base class skips modules that own no parameter directly, such as the
+        # attention layers. That guards against code that overwrites loaded tensors; `init` below never does.
+        super()._initialize_weights(module, is_custom_code=False)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -354,10 +282,12 @@ class SiglipTextModel(SiglipPreTrainedModel):
             state of the last position, projected. `hidden_states[-1]` is the last block's output before that norm.
 
         Raises:
-            ValueError: If a text is longer than the model's positions.
+            ValueError: If a text is longer than the model's positions, or a mask comes with `last_token_only`.
         """
         if input_ids is None:
             raise ValueError("the text tower needs input_ids (B, L), got None")
+        if last_token_only and attention_mask is not None:
+            raise ValueError("last_token_only computes without a mask; leave attention_mask out")
         input_ids = input_ids.view(-1, input_ids.shape[-1])
         self._warn_about_untrained_text(input_ids, attention_mask)
         self._resolve_attentions(kwargs)
@@ -569,32 +499,32 @@ class SiglipModel(SiglipPreTrainedModel):
             if kwargs.get(flag) is None and getattr(self.config, flag):
                 kwargs[flag] = True
 
-        output = SiglipOutput()
+        vision_output = text_output = image_embeds = text_embeds = logits_per_text = loss = None
         if pixel_values is not None:
-            output.vision_model_output = self.vision_model(
-                pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs
-            )
-            if output.vision_model_output.pooler_output is not None:
-                output.image_embeds = self._embeds(output.vision_model_output.pooler_output)
+            vision_output = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+            if vision_output.pooler_output is not None:
+                image_embeds = self._embeds(vision_output.pooler_output)
         if input_ids is not None:
-            output.text_model_output = self.text_model(
-                input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
-            )
-            output.text_embeds = self._embeds(output.text_model_output.pooler_output)
+            text_output = self.text_model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+            text_embeds = self._embeds(text_output.pooler_output)
 
-        if output.text_embeds is not None and output.image_embeds is not None:
-            text_embeds = output.text_embeds
+        if text_embeds is not None and image_embeds is not None:
             # With a device map the towers may lie on different devices.
-            image_embeds = output.image_embeds.to(text_embeds.device)
-            logit_scale, logit_bias = (
-                parameter.to(text_embeds.device) for parameter in (self.logit_scale, self.logit_bias)
-            )
+            image_embeds = image_embeds.to(text_embeds.device)
+            logit_scale, logit_bias = self.logit_scale.to(text_embeds.device), self.logit_bias.to(text_embeds.device)
             cosine = text_embeds @ image_embeds.t()  # (texts, images)
-            output.logits_per_text = cosine * logit_scale.exp() + logit_bias
-            output.logits_per_image = output.logits_per_text.t()
+            logits_per_text = cosine * logit_scale.exp() + logit_bias
             if return_loss:
-                output.loss = sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
-        return output
+                loss = sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
+        return SiglipOutput(
+            loss=loss,
+            logits_per_image=None if logits_per_text is None else logits_per_text.t(),
+            logits_per_text=logits_per_text,
+            text_embeds=text_embeds,
+            image_embeds=image_embeds,
+            text_model_output=text_output,
+            vision_model_output=vision_output,
+        )
 
     def _check_pairs(self, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None) -> None:
         images = 0 if pixel_values is None else len(pixel_values)

@@ -1,0 +1,59 @@
+# Everything a newcomer needs: `make demo` and `make test` make their own environment first.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-slow test-gpu lint types format bench docs clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Installed once per change of the dependencies; the stamp remembers it.
+CORE := $(VENV)/.installed-core
+DEV := $(VENV)/.installed-dev
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+help: ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(CORE): $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) torch -e .
+	@touch $@
+
+$(DEV): $(CORE)
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+demo: $(CORE) ## label pictures of an art style the embedded checkpoint has never seen; writes demo.png
+	$(BIN)/siglip-hf classify tests/fixtures/pictures --labels-file tests/fixtures/pictures/labels.json --top 3 --sheet demo.png
+
+test: $(DEV) ## run the tests (a few minutes on 2 cores)
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
+
+test-slow: $(DEV) ## run the tests that take minutes each
+	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(DEV) ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(DEV) ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(DEV) ## rewrite the code in the house format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(DEV) ## compare with stock transformers on this machine; prints ratios
+	for script in scripts/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+docs: $(CORE) ## build the documentation into site/
+	$(PIP) -e ".[docs]"
+	$(BIN)/mkdocs build --strict
+
+clean: ## remove what the other targets made
+	rm -rf $(VENV) build dist site demo.png .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
