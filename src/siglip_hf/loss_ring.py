@@ -160,10 +160,10 @@ def _agree(
     width = texts.shape[-1] if texts.dim() == 2 else 0
     dtype = _DTYPES.index(images.dtype) if images.dtype in _DTYPES else -1
     mine = [bool(problem), len(texts) if texts.dim() else 0, width, dtype, positives is not None, *needs]
-    table = torch.zeros(dist.get_world_size(group), len(mine), dtype=torch.int64, device=images.device)
     row = torch.tensor([int(value) for value in mine], device=images.device)
-    dist.all_gather_into_tensor(table, row, group=group)
-    problems, sizes, widths, dtypes, with_ids, *wanted = table.t().tolist()
+    table = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(table, row, group=group)
+    problems, sizes, widths, dtypes, with_ids, *wanted = torch.stack(table, dim=1).tolist()
     if problem:
         raise ValueError(problem)
     if any(problems):
