@@ -36,7 +36,7 @@ def test_default_config_warns_about_nothing(caplog):
         (lambda: SiglipVisionConfig(num_attention_heads=7), r"hidden_size \(768\).*num_attention_heads \(7\)"),
         (lambda: SiglipVisionConfig(num_attention_heads=0), "num_attention_heads must be at least 1, got 0"),
         (lambda: SiglipVisionConfig(patch_size=300), r"patch_size \(300\) is larger than image_size \(224\)"),
-        (lambda: SiglipVisionConfig(image_size=(8, 224)), r"patch_size \(16\) is larger than image_size \(\(8, 224\)\)"),
+        (lambda: SiglipVisionConfig(image_size=(8, 224)), r"patch_size \(16\) is larger than .*\(8, 224\)"),
         (lambda: SiglipVisionConfig(patch_size=0), "patch_size must be at least 1, got 0"),
         (lambda: SiglipVisionConfig(image_size=(1, 2, 3)), r"one number or \(height, width\); got \[1, 2, 3\]"),
         (lambda: SiglipTextConfig(pad_token_id=32000), r"pad_token_id \(32000\).*32000 ids"),
