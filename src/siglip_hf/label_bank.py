@@ -1,0 +1,209 @@
+"""Class embeddings for zero-shot classification, each label encoded once however many pictures it is held against.
+
+Zero-shot weights from several templates: the mean of the normalized text embeddings, normalized again (Radford et al.
+2021, arXiv:2103.00020, section 3.1.4). With SigLIP's text tower at base size, 1000 labels cost as much as 250 pictures.
+"""
+
+from __future__ import annotations
+
+import string
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+#: Bound on the memory of a bank's rows; at E = 768 it holds about 87,000 classes.
+DEFAULT_MAX_BYTES = 256 * 2**20
+
+#: Texts per forward of the text tower.
+DEFAULT_CHUNK_SIZE = 64
+
+
+def parse_labels(candidate_labels: str | Iterable[str]) -> tuple[str, ...]:
+    """Candidate labels as distinct strings, in the order given.
+
+    Args:
+        candidate_labels: a list (or any iterable) of labels, or one string that separates them by commas. Space around
+            the commas is dropped, and so are empty parts. A label that itself holds a comma needs the list form.
+
+    Raises:
+        ValueError: if there is no label, or one that is blank or not a string.
+    """
+    if isinstance(candidate_labels, str):
+        labels = [part.strip() for part in candidate_labels.split(",") if part.strip()]
+    elif isinstance(candidate_labels, Iterable) and not isinstance(candidate_labels, bytes):
+        labels = list(candidate_labels)
+    else:
+        raise ValueError(
+            f"candidate_labels={candidate_labels!r} are no labels; pass a list of strings, or a string like 'cat, dog'."
+        )
+    if not labels:
+        raise ValueError(f"candidate_labels={candidate_labels!r} hold no label; pass at least one.")
+    for label in labels:
+        if not isinstance(label, str) or not label.strip():
+            raise ValueError(
+                f"{label!r} among the candidate_labels is not a label; each must be a string with words in it."
+            )
+    return tuple(dict.fromkeys(labels))
+
+
+def parse_templates(hypothesis_template: str | Iterable[str]) -> tuple[str, ...]:
+    """One or several templates, each checked to have exactly one place for the label.
+
+    Raises:
+        ValueError: if there is no template, or one without a single `{}`.
+    """
+    is_one = isinstance(hypothesis_template, str) or not isinstance(hypothesis_template, Iterable)
+    templates: list[Any] = [hypothesis_template] if is_one else list(hypothesis_template)
+    if not templates:
+        raise ValueError("hypothesis_template is empty; pass at least one template, such as 'This is a photo of {}.'")
+    for template in templates:
+        if not isinstance(template, str) or not _takes_one_label(template):
+            raise ValueError(
+                f"hypothesis_template {template!r} has no single '{{}}' where the label goes; write for instance "
+                "'This is a photo of {}.', or '{}' if the labels are whole captions already."
+            )
+    return tuple(dict.fromkeys(templates))
+
+
+def _takes_one_label(template: str) -> bool:
+    try:
+        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
+        template.format("label")
+    except (ValueError, LookupError):  # an unmatched brace, or a field that is not the first positional one
+        return False
+    return len(fields) == 1
+
+
+class LabelBank:
+    """Remembers the class embeddings of one model and tokenizer, least recently used out first.
+
+    A row belongs to a label, the templates and the tokenizer's arguments. All rows are dropped when the text tower's
+    weights change: another tensor, dtype or device, or an in-place update that autograd counts (an optimizer's step,
+    `load_state_dict`). What autograd does not count (writing through `weight.data`, switching between adapters) needs
+    `clear()`.
+
+    Attributes:
+        model: a model with `encode_text(input_ids) -> (B, E)`, normalized.
+        tokenizer: its tokenizer.
+        device: where token ids go; the model's device unless given (an offloaded model has none of its own).
+        max_bytes: bound on the memory that the rows take; the last answer is kept beside them.
+        chunk_size: texts per forward of the text tower.
+        texts_encoded: how many texts went through the text tower so far.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        device: torch.device | None = None,
+        max_bytes: int = DEFAULT_MAX_BYTES,
+        chunk_size: int = DEFAULT_CHUNK_SIZE,
+    ):
+        if max_bytes < 0 or chunk_size < 1:
+            raise ValueError(f"max_bytes={max_bytes} must be 0 or more, and chunk_size={chunk_size} at least 1.")
+        self.model, self.tokenizer = model, tokenizer
+        self.device = model.device if device is None else device
+        self.max_bytes, self.chunk_size = max_bytes, chunk_size
+        self.texts_encoded = 0
+        self._rows: OrderedDict[tuple[str, tuple[str, ...], str], torch.Tensor] = OrderedDict()
+        self._bytes = 0
+        self._weights: tuple[Any, ...] = ()
+        # The last answer, whole: a stream of pictures asks the same question for each batch.
+        self._last: tuple[tuple[Any, ...], torch.Tensor] | None = None
+
+    def __len__(self) -> int:
+        """Number of classes remembered."""
+        return len(self._rows)
+
+    def clear(self) -> None:
+        """Forgets everything."""
+        self._rows.clear()
+        self._bytes = 0
+        self._last = None
+
+    @torch.no_grad()
+    def class_embeddings(
+        self,
+        labels: Sequence[str],
+        templates: Sequence[str],
+        tokenizer_kwargs: Mapping[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """One normalized embedding per label; only labels not met before go through the text tower.
+
+        Args:
+            labels: C distinct labels.
+            templates: texts with one `{}` each; the embeddings of a label under all of them are averaged.
+            tokenizer_kwargs: arguments of the tokenizer's call. By default texts are padded and truncated to the
+                length that the model was trained on.
+
+        Returns:
+            (C, E) float32, where the model puts it. Not to be written to.
+        """
+        if (weights := self._weights_state()) != self._weights:
+            self.clear()
+            self._weights = weights
+        options = {**self._trained_text_form(), **(tokenizer_kwargs or {})}
+        context = (tuple(templates), repr(sorted(options.items())))
+        question = (tuple(labels), *context)
+        if self._last is not None and self._last[0] == question:
+            return self._last[1]
+
+        if options["padding"] == "max_length":
+            answer = self._recall(labels, context, options)
+        else:
+            # The padding of a text, hence its embedding, depends on the other texts: only whole answers are kept.
+            answer = self._encode(labels, context[0], options, chunk_size=len(labels) * len(templates))
+        self._last = (question, answer)
+        return answer
+
+    def _recall(
+        self, labels: Sequence[str], context: tuple[tuple[str, ...], str], options: Mapping[str, Any]
+    ) -> torch.Tensor:
+        rows = {}
+        for label in labels:
+            if (key := (label, *context)) in self._rows:
+                self._rows.move_to_end(key)
+                rows[label] = self._rows[key]
+        missing = [label for label in labels if label not in rows]
+        templates = context[0]
+        for group in _chunks(missing, max(1, self.chunk_size // len(templates))):
+            for label, row in zip(group, self._encode(group, templates, options, self.chunk_size), strict=True):
+                rows[label] = self._rows[(label, *context)] = row.clone()  # a view would keep its whole group alive
+                self._bytes += row.nbytes
+        while self._bytes > self.max_bytes:
+            self._bytes -= self._rows.popitem(last=False)[1].nbytes
+        return torch.stack([rows[label] for label in labels])  # (C, E)
+
+    def _encode(
+        self, labels: Sequence[str], templates: Sequence[str], options: Mapping[str, Any], chunk_size: int
+    ) -> torch.Tensor:
+        texts = [template.format(label) for label in labels for template in templates]
+        embeds = torch.cat([self._encode_chunk(chunk, options) for chunk in _chunks(texts, chunk_size)])
+        if len(templates) == 1:
+            return embeds
+        embeds = embeds.unflatten(0, (len(labels), len(templates))).mean(dim=1)  # (C, E)
+        return nn.functional.normalize(embeds, dim=-1)
+
+    def _encode_chunk(self, texts: Sequence[str], options: Mapping[str, Any]) -> torch.Tensor:
+        input_ids = self.tokenizer(list(texts), return_tensors="pt", **options)["input_ids"]  # (B, L)
+        self.texts_encoded += len(texts)
+        return self.model.encode_text(input_ids.to(self.device)).float()  # (B, E)
+
+    def _trained_text_form(self) -> dict[str, Any]:
+        length = self.model.config.text_config.max_position_embeddings
+        return {"padding": "max_length", "truncation": True, "max_length": length}
+
+    def _weights_state(self) -> tuple[Any, ...]:
+        """What changes when the text tower's weights do: place in memory, autograd's counter of writes, form."""
+        return tuple(
+            (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device)
+            for p in self.model.text_model.parameters()
+        )
+
+
+def _chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
