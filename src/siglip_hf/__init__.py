@@ -26,6 +26,7 @@ _MODULES = {
     "SiglipImageProcessor": "image_processing_siglip",
     "SiglipImageProcessorFast": "image_processing_siglip_fast",
     "SiglipProcessor": "processing_siglip",
+    "Siglip2Tokenizer": "tokenization_siglip2",
     "SiglipTokenizer": "tokenization_siglip",
     "SiglipTokenizerFast": "tokenization_siglip_fast",
     "canonicalize_text": "text_cleaning",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from siglip_hf.processing_siglip import SiglipProcessor as SiglipProcessor
     from siglip_hf.text_cleaning import canonicalize_text as canonicalize_text
     from siglip_hf.tokenization_siglip import SiglipTokenizer as SiglipTokenizer
+    from siglip_hf.tokenization_siglip2 import Siglip2Tokenizer as Siglip2Tokenizer
     from siglip_hf.tokenization_siglip_fast import SiglipTokenizerFast as SiglipTokenizerFast
 
 

@@ -68,6 +68,24 @@ def _register_tokenizers(module: Any) -> None:
         )
 
 
+def _register_siglip2_tokenizers(module: Any) -> None:
+    from siglip_hf.tokenization_siglip2 import Siglip2Tokenizer, SiglipTokenizerOfFolder
+
+    module.REGISTERED_TOKENIZER_CLASSES["Siglip2Tokenizer"] = Siglip2Tokenizer
+    # Folders of SigLIP 2 at fixed resolution have model_type "siglip", and "GemmaTokenizer" for a class, which has to go
+    # on meaning Gemma's for Gemma models. So for SigLIP's model types transformers is told to distrust that name and to
+    # use the type's own class; what it gets under that class's name looks into the folder.
+    module.REGISTERED_FAST_ALIASES["SiglipTokenizer"] = SiglipTokenizerOfFolder
+    for model_type, name in (
+        ("siglip", "SiglipTokenizer"),
+        ("siglip_text_model", "SiglipTokenizer"),
+        ("siglip2", "Siglip2Tokenizer"),
+        ("siglip2_text_model", "Siglip2Tokenizer"),
+    ):
+        module.TOKENIZER_MAPPING_NAMES.setdefault(model_type, name)
+        module.MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS.add(model_type)
+
+
 def _register_image_processors(module: Any) -> None:
     from siglip_hf.configuration_siglip import SiglipConfig, SiglipVisionConfig
     from siglip_hf.image_processing_siglip import SiglipImageProcessor
@@ -98,10 +116,18 @@ def _register_pipelines(module: Any) -> None:
     task["impl"] = "siglip_hf.pipeline_zero_shot.SiglipZeroShotImageClassificationPipeline"
 
 
+def _in_turn(*registrars: Callable[[Any], None]) -> Callable[[Any], None]:
+    def register_all(module: Any) -> None:
+        for registrar in registrars:
+            registrar(module)
+
+    return register_all
+
+
 _REGISTRARS: dict[str, Callable[[Any], None]] = {
     f"{_AUTO}configuration_auto": _register_configs,
     f"{_AUTO}modeling_auto": _register_models,
-    f"{_AUTO}tokenization_auto": _register_tokenizers,
+    f"{_AUTO}tokenization_auto": _in_turn(_register_tokenizers, _register_siglip2_tokenizers),
     f"{_AUTO}image_processing_auto": _register_image_processors,
     f"{_AUTO}processing_auto": _register_processors,
     "transformers.pipelines": _register_pipelines,
