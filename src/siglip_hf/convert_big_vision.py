@@ -447,7 +447,8 @@ def _check_finite(state_dict: _Tree, tree: _Tree, rules: Iterable[_Rule]) -> Non
 
 
 def _is_siglip2(config: Any) -> bool:
-    return not isinstance(config, SiglipConfig) or config.text_config.vocab_size == _GEMMA_VOCABULARY
+    text: Any = config.text_config
+    return not isinstance(config, SiglipConfig) or text.vocab_size == _GEMMA_VOCABULARY
 
 
 def _write_image_processor(folder: Path, config: Any) -> None:
