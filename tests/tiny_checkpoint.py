@@ -1,4 +1,4 @@
-"""A checkpoint folder as the hub has them, small enough to make in a test: random weights, a real SentencePiece model."""
+"""A checkpoint folder as on the hub, but tiny: random weights and a real SentencePiece model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-WORDS = "a photo of the cat dog bird horse fish tree house car sun moon red green blue small big this is drawing in style"
+WORDS = (
+    "a photo of the cat dog bird horse fish tree house car sun moon red green blue small big this is drawing in style"
+)
 TEXT_LENGTH = 16
 IMAGE_SIZE = 32
 
