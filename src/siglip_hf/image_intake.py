@@ -58,7 +58,7 @@ class Picture(NamedTuple):
 
     Attributes:
         pixels: a loaded PIL image, or an array (height, width, channels); what the source was closest to, so that no
-            copy is made before it is needed. RGB and uint8 unless the caller of `read_pictures` asked otherwise.
+            copy is made before it is needed. RGB and uint8 unless the caller of `read_picture` asked otherwise.
         unit_range: the source held floats in 0..1. It matters only when `do_rescale=False`: then such a picture stays
             in 0..1, and all others stay in 0..255.
     """
@@ -139,17 +139,16 @@ def load_pictures(images: Any, **options: Any) -> list[Image.Image]:
         PictureError: for the first picture that cannot be used; its message and `index` say which.
         ValueError: if there is no picture at all.
     """
-    return [picture.to_pil() for picture in read_pictures(images, **options)]
+    return [picture.to_pil() for picture in iter_pictures(images, **options)]
 
 
-def read_pictures(images: Any, **options: Any) -> list[Picture]:
-    """As `load_pictures`, with the options of `read_picture`, without converting between PIL images and arrays."""
+def iter_pictures(images: Any, **options: Any) -> Iterator[Picture]:
+    """As `load_pictures`, one at a time, with the options of `read_picture` and without conversion to PIL images."""
     sources = list(_flatten(images, options.get("keep_floats", False)))
     if not sources:
         raise ValueError(f"No pictures given: got an empty {type(images).__name__}. Pass at least one picture.")
-    if len(sources) == 1:
-        return [read_picture(sources[0], **options)]
-    return [read_picture(source, index=index, **options) for index, source in enumerate(sources)]
+    for index, source in enumerate(sources):
+        yield read_picture(source, index=index if len(sources) > 1 else None, **options)
 
 
 def read_picture(

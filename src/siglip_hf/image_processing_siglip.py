@@ -6,6 +6,7 @@ without cropping. They and the arguments stand here once, for this class and for
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from .image_intake import Picture, load_picture, read_pictures
+from .image_intake import Picture, load_picture, iter_pictures
 
 
 def resized_size(size: SizeDict, height: int, width: int) -> tuple[int, int]:
@@ -146,8 +147,9 @@ class SiglipImageProcessorBase(BaseImageProcessor):
         do_convert_rgb: bool,
         input_data_format: str | ChannelDimension | None = None,
         **kwargs: Any,
-    ) -> list[Picture]:
-        return read_pictures(
+    ) -> Iterator[Picture]:
+        # One by one, so that a batch of large files never lies in memory decoded.
+        return iter_pictures(
             images,
             input_data_format=input_data_format,
             draft_to=max((side for _, side in size), default=None) if do_resize else None,
@@ -173,7 +175,7 @@ class SiglipImageProcessor(SiglipImageProcessorBase, PilBackend):
 
     def _preprocess(  # type: ignore[override]
         self,
-        images: list[Picture],
+        images: Iterable[Picture],
         do_resize: bool,
         size: SizeDict,
         resample: Any,
@@ -216,7 +218,7 @@ class SiglipImageProcessor(SiglipImageProcessorBase, PilBackend):
                 pixels = self._finish(pixels, scale, do_normalize, image_mean, image_std)
             results.append(pixels)
         if do_pad:
-            results = self.pad(results, pad_size=pad_size)
+            results = self.pad(results, pad_size=pad_size)  # type: ignore[assignment]
         if ChannelDimension(data_format or "channels_first") == ChannelDimension.LAST:
             results = [np.moveaxis(pixels, 0, -1) for pixels in results]
         return BatchFeature(data={"pixel_values": results}, tensor_type=return_tensors)
