@@ -24,7 +24,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from .image_intake import Picture, load_picture, iter_pictures
+from .image_intake import Picture, iter_pictures, load_picture
 
 
 def resized_size(size: SizeDict, height: int, width: int) -> tuple[int, int]:
