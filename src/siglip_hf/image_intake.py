@@ -142,8 +142,13 @@ def load_pictures(images: Any, **options: Any) -> list[Image.Image]:
     return [picture.to_pil() for picture in iter_pictures(images, **options)]
 
 
+def read_pictures(images: Any, **options: Any) -> list[Picture]:
+    """As `load_pictures`, with the options of `read_picture` and without conversion to PIL images."""
+    return list(iter_pictures(images, **options))
+
+
 def iter_pictures(images: Any, **options: Any) -> Iterator[Picture]:
-    """As `load_pictures`, one at a time, with the options of `read_picture` and without conversion to PIL images."""
+    """As `read_pictures`, one at a time, so that a batch need not lie in memory decoded."""
     sources = list(_flatten(images, options.get("keep_floats", False)))
     if not sources:
         raise ValueError(f"No pictures given: got an empty {type(images).__name__}. Pass at least one picture.")

@@ -6,7 +6,7 @@ without cropping. They and the arguments stand here once, for this class and for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -147,7 +147,7 @@ class SiglipImageProcessorBase(BaseImageProcessor):
         do_convert_rgb: bool,
         input_data_format: str | ChannelDimension | None = None,
         **kwargs: Any,
-    ) -> Iterator[Picture]:
+    ) -> Iterable[Picture]:
         # One by one, so that a batch of large files never lies in memory decoded.
         return iter_pictures(
             images,
