@@ -31,6 +31,7 @@ from siglip_hf.layers import (
 )
 from siglip_hf.loss import sigmoid_loss
 from siglip_hf.modeling_outputs import SiglipOutput, SiglipPoolingOutput
+from siglip_hf.quantization import drop_undotted_names, is_reversible, keep_4bit_layout
 from siglip_hf.registration import register_weight_conversions
 
 logger = logging.get_logger(__name__)
@@ -123,6 +124,18 @@ class SiglipPreTrainedModel(PreTrainedModel):
         # Not part of any checkpoint, so they have to be made anew where a model was built without memory.
         if isinstance(module, (SiglipTextEmbeddings, SiglipVisionEmbeddings)):
             init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """As in transformers, but a saved quantized model can be loaded whatever the quantizer, and saved again."""
+        drop_undotted_names(getattr(load_config.hf_quantizer, "metadata", {}))
+        result = PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+        conversions = getattr(model, "_weight_conversions", None) or []
+        model._weight_conversions = [entry for entry in conversions if is_reversible(entry)]
+        keep_4bit_layout(model)
+        return result
 
     def _resolve_attentions(self, kwargs: dict[str, Any]) -> bool:
         """Whether attention weights are wanted; if so, makes sure the blocks run an implementation that has them."""
@@ -564,6 +577,10 @@ class SiglipForImageClassification(SiglipPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replaces the patch embedding."""
         self.vision_model.embeddings.patch_embedding = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Returns the classifier, which transformers and PEFT spare when they quantize or adapt all linear layers."""
+        return self.classifier
 
     @can_return_tuple
     def forward(

@@ -189,18 +189,18 @@ def register_weight_conversions() -> None:
     own, so that stock models in the same process load as before.
     """
     from transformers import conversion_mapping
-    from transformers.core_model_loading import Chunk, WeightConverter
+    from transformers.core_model_loading import WeightConverter
 
-    from siglip_hf.weight_conversion import ResizePositions
+    from siglip_hf.weight_conversion import ProjectionsConverter, ResizePositions, SplitProjections
 
     register_mapping = conversion_mapping.register_checkpoint_conversion_mapping
     register_mapping(
         "SiglipAttentionPoolingHead",
         [
-            WeightConverter(
+            ProjectionsConverter(
                 f"attention.in_proj_{kind}",
                 [f"attention.{projection}_proj.{kind}" for projection in "qkv"],
-                operations=[Chunk(dim=0)],
+                operations=[SplitProjections(dim=0)],
             )
             for kind in ("weight", "bias")
         ],
