@@ -10,6 +10,7 @@ import base64
 import binascii
 import io
 import os
+import string
 import struct
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -32,6 +33,7 @@ DEFAULT_TIMEOUT = 30.0  # seconds to wait for a URL
 # A float picture resized or blended in float32 may leave 0..1 by a rounding error; more than this is a mistake.
 _FLOAT_SLACK = 1e-4
 
+_BASE64 = frozenset(string.ascii_letters + string.digits + "+/=\r\n")
 _EXIF_ORIENTATION = 0x0112
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 
@@ -197,8 +199,11 @@ def read_picture(
 
 
 def looks_like_picture_source(text: str) -> bool:
-    """Whether a string names a picture (URL, data URI, existing file, a picture's file name) or else says words."""
+    """Whether a string names a picture or else says words: a URL, a data URI, base64, an existing file, or a
+    file name that ends as pictures' do."""
     if text.startswith(("http://", "https://", "data:")):
+        return True
+    if len(text) >= 64 and _BASE64.issuperset(text[:256]):
         return True
     return text.lower().endswith(_PICTURE_SUFFIXES) or _is_file(text)
 
