@@ -172,8 +172,9 @@ class SiglipVisionEmbeddings(SiglipPreTrainedModel):
 
     def interpolate_pos_encoding(self, grid: tuple[int, int]) -> torch.Tensor:
         """Returns positions (1, rows * columns, D) for another grid of patches."""
-        positions = resize_position_embedding(self.position_embedding.weight, self.config.patch_grid, grid)
-        return positions.unsqueeze(0)
+        # By a call: an offloaded layer's weight is only there while it runs.
+        positions = self.position_embedding(self.position_ids)[0]  # (N, D)
+        return resize_position_embedding(positions, self.config.patch_grid, grid).unsqueeze(0)
 
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
         """Maps pixels (B, C, height, width) to tokens (B, N, D).
