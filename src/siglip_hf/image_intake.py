@@ -267,7 +267,8 @@ def _from_string(text: str, timeout: float | None) -> str | io.BytesIO:
 
 
 def _download(url: str, timeout: float | None) -> bytes:
-    import httpx  # a dependency of huggingface_hub
+    # The HTTP client that transformers itself uses; its package has had more than one name.
+    from transformers.image_utils import httpx
 
     try:
         response = httpx.get(url, timeout=timeout, follow_redirects=True)
@@ -424,7 +425,7 @@ def _reason(error: Exception) -> str:
 def _describe(source: Any) -> str:
     """The source in a few words, for an error."""
     if isinstance(source, dict):
-        return _describe(source.get("path") or source.get("bytes") or source)
+        return _describe(source.get("path") or source.get("bytes"))
     if isinstance(source, str | os.PathLike):
         text = os.fspath(source)
         return repr(text) if len(text) <= 200 else repr(text[:40]) + f"... of {len(text)} characters"
