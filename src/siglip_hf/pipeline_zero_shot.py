@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 from transformers.pipelines.base import Pipeline
 from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline
@@ -168,11 +169,19 @@ class SiglipZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipel
             postprocess["top_k"] = _checked_top_k(given["top_k"])
         return preprocess, forward, postprocess
 
-    def preprocess(self, image: Any, timeout: float | None = DEFAULT_TIMEOUT) -> Any:  # type: ignore[override]
-        """One picture from anything to the inputs of the image tower, in the model's dtype."""
+    def load_picture(self, image: Any, timeout: float | None = DEFAULT_TIMEOUT) -> Image.Image:
+        """One picture from anything as an RGB image, a very large JPEG in no more detail than the model can use.
+
+        Raises:
+            PictureError: if it cannot be read.
+        """
         size = getattr(self.image_processor, "size", None) or {}
         sides = [size[side] for side in ("height", "width") if size.get(side)]
-        picture = load_picture(image, timeout=timeout, draft_to=max(sides) if sides else None)
+        return load_picture(image, timeout=timeout, draft_to=max(sides) if sides else None)
+
+    def preprocess(self, image: Any, timeout: float | None = DEFAULT_TIMEOUT) -> Any:  # type: ignore[override]
+        """One picture from anything to the inputs of the image tower, in the model's dtype."""
+        picture = self.load_picture(image, timeout)
         return self.image_processor(images=[picture], return_tensors="pt").to(self.dtype)
 
     def _forward(  # type: ignore[override]

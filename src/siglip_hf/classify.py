@@ -1,0 +1,186 @@
+"""Zero-shot labels for many picture files: finds them, scores them in batches, and goes on past the broken ones."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from siglip_hf.image_intake import _PICTURE_SUFFIXES, PictureError
+from siglip_hf.pipeline_zero_shot import SiglipZeroShotImageClassificationPipeline
+
+
+@dataclass
+class Classified:
+    """What became of one picture.
+
+    Attributes:
+        source: its path or URL.
+        labels: dicts with `label`, `cosine`, `logit`, `sigmoid` and `softmax`, best first; empty if it is broken.
+        error: what is wrong with it, or None.
+        truth: its right label, if that is known.
+    """
+
+    source: str
+    labels: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
+    truth: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that say something, for JSON."""
+        fields = {"source": self.source, "labels": self.labels, "error": self.error, "truth": self.truth}
+        return {name: value for name, value in fields.items() if value not in (None, [])}
+
+
+def find_pictures(sources: Iterable[str]) -> list[str]:
+    """Paths and URLs of pictures, each once: a folder stands for the pictures anywhere below it, in order of name.
+
+    A file is taken whatever its name, and so is a path that does not exist; reading it says what is wrong. Patterns
+    with `*`, `?` and `[...]` are expanded, `**` through folders.
+
+    Raises:
+        ValueError: if there is not one picture.
+    """
+    sources = list(sources)
+    found: list[str] = []
+    for source in sources:
+        matches = [source]
+        if glob.has_magic(source) and not os.path.exists(source) and "://" not in source:
+            matches = sorted(glob.glob(source, recursive=True)) or [source]
+        for match in matches:
+            found += _pictures_below(Path(match)) if os.path.isdir(match) else [match]
+    if not found:
+        raise ValueError(f"no pictures found in {', '.join(sources)}")
+    return list(dict.fromkeys(found))
+
+
+def _pictures_below(folder: Path) -> list[str]:
+    files = (path for path in folder.rglob("*") if path.suffix.lower() in _PICTURE_SUFFIXES and path.is_file())
+    return [str(path) for path in sorted(files)]
+
+
+def read_labels_file(path: str | Path) -> list[str]:
+    """Labels from a text file, one on each line; empty lines are skipped.
+
+    Raises:
+        ValueError: if the file cannot be read as text, or holds no label.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the labels file {str(path)!r} cannot be read: {error}") from error
+    labels = [line.strip() for line in lines if line.strip()]
+    if not labels:
+        raise ValueError(f"the labels file {str(path)!r} holds no label; write one on each line.")
+    return labels
+
+
+def read_truth_file(path: str | Path) -> dict[str, str]:
+    """Right labels by file name, from a JSON object such as `{"cat.png": "a cat"}`.
+
+    Raises:
+        ValueError: if the file cannot be read as such.
+    """
+    try:
+        truth = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the file of right labels {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(truth, dict) or not truth or not all(isinstance(label, str) for label in truth.values()):
+        raise ValueError(f"{str(path)!r} must hold a JSON object of file names and labels, like {{'a.png': 'a cat'}}.")
+    return truth
+
+
+def load_classifier(model: str, device: str | None = None) -> SiglipZeroShotImageClassificationPipeline:
+    """The zero-shot pipeline of a SigLIP checkpoint.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or it is not a SigLIP that this package serves.
+    """
+    import transformers
+
+    if os.path.isdir(model):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here; nothing is to be asked of the network
+    try:
+        classifier = transformers.pipeline("zero-shot-image-classification", model=model, device=device)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"cannot load {model!r}: {_first_line(error)}") from error
+    if not isinstance(classifier, SiglipZeroShotImageClassificationPipeline):
+        raise ValueError(f"{model!r} is a {type(classifier.model).__name__}, not a SigLIP model of this package.")
+    return classifier
+
+
+def classify_files(
+    classifier: SiglipZeroShotImageClassificationPipeline,
+    sources: Sequence[str],
+    labels: Iterable[str] | str,
+    *,
+    templates: Sequence[str] | None = None,
+    top_k: int | None = None,
+    truth: Mapping[str, str] | None = None,
+    batch_size: int = 8,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[Classified]:
+    """Scores pictures against labels. A picture that cannot be read costs only itself.
+
+    Args:
+        classifier: the pipeline.
+        sources: paths and URLs.
+        labels: as the pipeline takes them.
+        templates: texts with `{}` for the label, averaged; the pipeline's default if None or empty.
+        top_k: only the best so many labels of each picture.
+        truth: right labels, by path or by file name.
+        batch_size: pictures read and scored together.
+        on_progress: called with the number of pictures just done.
+
+    Returns:
+        One entry per source, in their order.
+
+    Raises:
+        ValueError: for labels, templates or numbers that cannot be.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    # Without a picture it only checks, so that a mistake is known before the first file is read.
+    options = {"hypothesis_template": list(templates) if templates else None, "named_scores": True, "top_k": top_k}
+    classifier([], labels, **options)
+    results: list[Classified] = []
+    for start in range(0, len(sources), batch_size):
+        batch = [Classified(source, truth=_truth_of(source, truth)) for source in sources[start : start + batch_size]]
+        read = list(_read(classifier, batch))
+        scored = classifier([picture for _, picture in read], labels, batch_size=batch_size, **options)
+        for (entry, _), scores in zip(read, scored, strict=True):
+            entry.labels = [{name: value for name, value in row.items() if name != "score"} for row in scores]
+        results += batch
+        on_progress(len(batch))
+    return results
+
+
+def _read(
+    classifier: SiglipZeroShotImageClassificationPipeline, batch: Iterable[Classified]
+) -> Iterator[tuple[Classified, Image.Image]]:
+    for entry in batch:
+        try:
+            yield entry, classifier.load_picture(entry.source)
+        except PictureError as error:
+            entry.error = error.reason
+
+
+def _truth_of(source: str, truth: Mapping[str, str] | None) -> str | None:
+    truth = truth or {}
+    return truth.get(source, truth.get(os.path.basename(source)))
+
+
+def accuracy(results: Iterable[Classified]) -> tuple[int, int]:
+    """How many best labels are right, and of how many pictures with a known label."""
+    judged = [result for result in results if result.truth is not None and result.labels]
+    return sum(result.labels[0]["label"] == result.truth for result in judged), len(judged)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
