@@ -1,0 +1,5 @@
+"""Write a trained model as a checkpoint folder."""
+
+
+def export(model, vocabulary, out):
+    raise NotImplementedError
