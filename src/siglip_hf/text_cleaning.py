@@ -6,15 +6,20 @@ apply to every text.
 
 from __future__ import annotations
 
+import re
 import string
+from collections.abc import Sequence
 
 _PUNCTUATION = frozenset(string.punctuation)
-_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# An expression of runs is several times faster than `str.translate`.
+_PUNCTUATION_RUN = re.compile(f"[{re.escape(string.punctuation)}]+")
+# Neither a letter, nor white space, nor punctuation, so that cleaning leaves it alone, and rare in texts.
+_SEPARATOR = "\0"
 
 
 def remove_punctuation(text: str) -> str:
     """Returns `text` without the 32 characters of `string.punctuation`; punctuation of other scripts stays."""
-    return text.translate(_WITHOUT_PUNCTUATION)
+    return _PUNCTUATION_RUN.sub("", text)
 
 
 def canonicalize_text(
@@ -45,11 +50,21 @@ def canonicalize_text(
     if remove_punctuation:
         if keep_punctuation_exact_string:
             parts = text.split(keep_punctuation_exact_string)
-            text = keep_punctuation_exact_string.join(part.translate(_WITHOUT_PUNCTUATION) for part in parts)
+            text = keep_punctuation_exact_string.join(_PUNCTUATION_RUN.sub("", part) for part in parts)
         else:
-            text = text.translate(_WITHOUT_PUNCTUATION)
+            text = _PUNCTUATION_RUN.sub("", text)
     # `str.split` and the `\s` of `re` take the same characters for white space, \x1c to \x1f among them.
     return " ".join(text.split())
+
+
+def canonicalize_texts(texts: Sequence[str], *, lowercase: bool = True, remove_punctuation: bool = True) -> list[str]:
+    """Returns `canonicalize_text` of each text, several times faster: all are cleaned as one string."""
+    if not texts or any(_SEPARATOR in text for text in texts):
+        return [canonicalize_text(t, lowercase=lowercase, remove_punctuation=remove_punctuation) for t in texts]
+    together = canonicalize_text(_SEPARATOR.join(texts), lowercase=lowercase, remove_punctuation=remove_punctuation)
+    # What is left at the ends of each text is one space.
+    together = together.replace(f" {_SEPARATOR}", _SEPARATOR).replace(f"{_SEPARATOR} ", _SEPARATOR)
+    return together.split(_SEPARATOR)
 
 
 def canonicalize_with_offsets(

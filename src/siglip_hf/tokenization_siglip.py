@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import AddedToken, BatchEncoding, Trun
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from transformers.utils import PaddingStrategy, TensorType, logging
 
-from siglip_hf.text_cleaning import canonicalize_text, remove_punctuation
+from siglip_hf.text_cleaning import canonicalize_text, canonicalize_texts, remove_punctuation
 
 logger = logging.get_logger(__name__)
 
@@ -337,7 +337,9 @@ class SiglipTokenizer(SiglipTokenization, SentencePieceBackend):
             if part:
                 yield part, int(start) - 1, part in tokens
 
-    def tokenize(self, text: str, add_special_tokens: bool = False, **kwargs: Any) -> list[str]:
+    def tokenize(  # type: ignore[override]
+        self, text: str, add_special_tokens: bool = False, **kwargs: Any
+    ) -> list[str]:
         """Returns the pieces of `text`, special and added tokens within it as they are."""
         split = kwargs.get("split_special_tokens")
         split = self.split_special_tokens if split is None else split
@@ -376,12 +378,14 @@ class SiglipTokenizer(SiglipTokenization, SentencePieceBackend):
                 plain = [i for i in plain if not any(token in texts[i] for token in inside)]
 
         unk, length = str(self.unk_token), self.unk_token_length
-        cleaned = [unk + self.canonicalize_text(MARK + texts[i].replace(MARK, " ")) for i in plain]
+        marked = [MARK + texts[i].replace(MARK, " ") for i in plain]
+        cleaned = [unk + text for text in canonicalize_texts(marked, lowercase=self.do_lower_case)]
         ids: list[list[int]] = [[]] * len(texts)
         for i, row in zip(plain, self.sp_model.encode(cleaned, out_type=int), strict=True):
             ids[i] = row[length:] if len(row) >= length else row
         for i in sorted(set(range(len(texts))).difference(plain)):
-            ids[i] = self.convert_tokens_to_ids(self.tokenize(texts[i], split_special_tokens=split))
+            pieces = self.tokenize(texts[i], split_special_tokens=split)
+            ids[i] = [self._convert_token_to_id_with_added_voc(piece) for piece in pieces]
         return ids
 
     def _update_trie(self, unique_no_split_tokens: list[str] | None = None) -> None:
