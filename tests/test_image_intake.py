@@ -338,7 +338,7 @@ def test_the_broken_file_of_a_batch_is_named(png, tmp_path):
 
 
 def test_a_cut_file_is_found_when_pillow_has_only_opened_it(png):
-    with pytest.raises(PictureError, match="truncated|OSError"):
+    with pytest.raises(PictureError, match=r"truncated|OSError"):
         load_picture(Image.open(io.BytesIO(png[: len(png) // 2])))
 
 

@@ -87,8 +87,10 @@ class SiglipImageProcessorBase(BaseImageProcessor):
     model_input_names = ["pixel_values"]  # noqa: RUF012
 
     def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
-        self._set_attributes(**kwargs)
+        # Some published configurations hold null, which means the default and not "off".
+        given = {name: value for name, value in kwargs.items() if value is not None}
+        super().__init__(**given)
+        self._set_attributes(**given)
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """One picture, or any nesting of pictures, as `pixel_values`.

@@ -143,7 +143,7 @@ def _has_alpha(picture: Picture) -> bool:
 
 
 def _scale_and_normalize(batch: torch.Tensor, scales: list[float], mean: Any, std: Any) -> None:
-    """(x * scale - mean) / std in place, as one multiplication and one addition; batch is float32 (B, C, h, w)."""
+    """(x * scale - mean) / std in place, as one division and one addition; batch is float32 (B, C, h, w)."""
     channels = batch.shape[1]
     for name, value in (("image_mean", mean), ("image_std", std)):
         if not isinstance(value, float | int) and len(value) != channels:
@@ -151,8 +151,8 @@ def _scale_and_normalize(batch: torch.Tensor, scales: list[float], mean: Any, st
     scale = torch.tensor(scales if len(set(scales)) > 1 else scales[:1], dtype=torch.float64).view(-1, 1, 1, 1)
     deviation = torch.as_tensor(std, dtype=torch.float64).view(1, -1, 1, 1)
     shift = -torch.as_tensor(mean, dtype=torch.float64).view(1, -1, 1, 1) / deviation
-    factor, shift = (scale / deviation).to(batch), shift.to(batch)
-    torch.addcmul(shift, batch, factor, out=batch)
+    # Division, because the usual 127.5 is exact in float32 and 1 / 127.5 is not: black and white are -1 and 1.
+    torch.addcdiv(shift.to(batch), batch, (deviation / scale).to(batch), out=batch)
 
 
 def _center_crop(image: torch.Tensor, size: SizeDict) -> torch.Tensor:
