@@ -169,7 +169,8 @@ def read_concepts(folder: Path) -> list[dict[str, Any]]:
 
     Returns:
         One dict per concept, in emoji order: `code`, `label`, `group`, `family`, `split` ("train" or "held_out"),
-        `plain` (neither a flag nor a gendered variant), `aliases` (other English names) and `captions`: language -> {"label", "tags"}.
+        `plain` (neither a flag nor a gendered variant), `aliases` (other English names) and `captions`: language ->
+        {"label", "tags"}.
     """
     base = sorted(
         (e for e in read_json(folder / "en/data.json") if "group" in e and e["group"] != 2), key=lambda e: e["order"]

@@ -13,13 +13,13 @@ import sys
 from pathlib import Path
 
 import torch
+
+from siglip_hf.configuration_siglip import SiglipConfig
+from siglip_hf.modeling_siglip import SiglipModel
 from training_default import stages
 from training_default.captions import TEXT_LENGTH, Captions, Encoder, build_vocabulary
 from training_default.export import export
 from training_default.pictures import read_concepts, read_pictures, read_styles
-
-from siglip_hf.configuration_siglip import SiglipConfig
-from siglip_hf.modeling_siglip import SiglipModel
 
 WIDTH = 192
 SHAPE = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": 3}

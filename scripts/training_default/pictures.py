@@ -1,7 +1,7 @@
 """The picture set as tensors, and augmentation of a whole batch at once on transparent pictures.
 
-Augmentation works before the picture gets a background: it warps, recolours and outlines premultiplied RGBA, so that one
-drawing stands for other hands (outlined, flat, in other colours) on other grounds.
+Augmentation works before the picture gets a background: it warps, recolours and outlines premultiplied RGBA, so that
+one drawing stands for other hands (outlined, flat, in other colours) on other grounds.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The stages of scripts/train_default.py.
 
 A small SigLIP trained from nothing on few pairs stays long on the plateau where all pairs look alike. Three things
-lead off it: every concept as a negative at each step, one tower at a time, and Muon for the matrices (Jordan et al. 2024).
+lead off it: every concept as a negative at each step, one tower at a time, and Muon for the matrices (Jordan et al.,
+2024).
 
 1. table: a vector per concept, so placed that concepts with common captions lie near each other.
 2. words and pictures, side by side: each tower alone learns to find its concepts in the locked table.
@@ -345,8 +346,11 @@ def tag_table(run: Run) -> tuple[Tensor, Tensor]:
 
 
 def pictures(run: Run, total: int, batch: int = 256) -> None:
-    """Stage 2, pictures. The image tower finds a picture's concept in the locked table of all trained concepts, and its
-    tags among the means of theirs."""
+    """Stage 2, pictures. The image tower finds a picture's concept in the locked table, and its tags.
+
+    Only trained concepts are in that table, so that nothing pushes pictures away from the others. A tag's vector is the
+    mean of its concepts'.
+    """
     assert run.table is not None
     trained = run.trained_concepts()
     table = run.table[trained]

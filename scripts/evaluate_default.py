@@ -1,0 +1,200 @@
+"""Measure the embedded checkpoint on art styles it has never seen, against the targets set for it.
+
+Usage: python scripts/evaluate_default.py [--model FOLDER] [--data data/pictures] [--json FILE]
+
+Each style held out of training (scripts/build_pictures.py) is measured by itself. "Seen" concepts were drawn by other
+hands in training; of "unseen" ones no picture was, only their names and tags as words. Pictures and texts go through
+the package's own processor. A class is the mean embedding of its label in all templates of a language, or, in the full
+ensemble, of all its labels in all languages and templates. The 10-way figures are means over 20 draws of 9 other
+concepts of the same kind.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import siglip_hf
+from training_default.captions import TEMPLATES
+from training_default.pictures import on_background, read_concepts, read_pictures, read_styles
+
+LANGUAGES = ("ko", "ja", "de", "zh")
+DRAWS = 20
+# Name of the measure -> (first target, second target), in percent.
+TARGETS = {
+    "10-way, seen concepts": (90.0, 97.0),
+    "10-way, unseen concepts": (35.0, 60.0),
+    "top-1 of all plain concepts": (30.0, 60.0),
+}
+
+
+class Evaluator:
+    """A model with its processor, and the concepts.
+
+    Args:
+        folder: Checkpoint folder.
+        concepts: As `read_concepts` gives them.
+    """
+
+    def __init__(self, folder: str, concepts: list[dict[str, Any]]) -> None:
+        self.model = siglip_hf.SiglipModel.from_pretrained(folder, dtype=torch.float32).eval()
+        self.processor = siglip_hf.SiglipProcessor.from_pretrained(folder)
+        self.concepts = concepts
+
+    @torch.inference_mode()
+    def embed_pictures(self, pixels: Tensor) -> Tensor:
+        """Unit embeddings (N, E) of premultiplied RGBA (N, 4, S, S) uint8, put on white."""
+        parts = []
+        for batch in pixels.split(128):
+            rgb = on_background(batch.float() / 255, torch.ones(len(batch), 3))
+            arrays = (rgb * 255).round().byte().permute(0, 2, 3, 1).numpy()
+            inputs = self.processor(images=[Image.fromarray(array) for array in arrays], return_tensors="pt")
+            parts.append(self.model.encode_image(inputs["pixel_values"]))
+        return torch.cat(parts)
+
+    @torch.inference_mode()
+    def embed_classes(self, prompts_of: Callable[[dict[str, Any]], list[str]]) -> Tensor:
+        """One unit embedding (C, E) per concept: the mean over its prompts."""
+        prompts = [prompts_of(concept) for concept in self.concepts]
+        flat = [prompt for group in prompts for prompt in group]
+        parts = []
+        for start in range(0, len(flat), 512):
+            ids = self.processor(text=flat[start : start + 512], return_tensors="pt")["input_ids"]
+            parts.append(self.model.encode_text(ids))
+        groups = torch.cat(parts).split([len(group) for group in prompts])
+        return F.normalize(torch.stack([group.mean(0) for group in groups]), dim=-1)
+
+
+def bare(concept: dict[str, Any]) -> list[str]:
+    """The English label alone."""
+    return [concept["label"]]
+
+
+def in_language(language: str) -> Callable[[dict[str, Any]], list[str]]:
+    """The label of one language in that language's templates."""
+    return lambda concept: [t.format(concept["captions"][language]["label"]) for t in TEMPLATES[language]]
+
+
+def full(concept: dict[str, Any]) -> list[str]:
+    """All labels and English aliases, in the templates of their language."""
+    prompts = [template.format(alias) for alias in concept["aliases"] for template in TEMPLATES["en"]]
+    for language in concept["captions"]:
+        prompts += in_language(language)(concept)
+    return prompts
+
+
+def ten_way(images: Tensor, classes: Tensor, concept: Tensor, pool: Tensor) -> float:
+    """Percent of pictures whose own class beats 9 others drawn from `pool`.
+
+    Args:
+        images: (N, E).
+        classes: (C, E).
+        concept: (N,) class of each picture; only those in the pool are counted.
+        pool: (K,) distinct classes.
+    """
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.isin(concept, pool)
+    images, concept = images[chosen], concept[chosen]
+    scores = images @ classes.T  # (N, C)
+    own = scores.gather(1, concept[:, None])
+    right = 0.0
+    for _ in range(DRAWS):
+        order = torch.rand(len(images), len(pool), generator=generator)
+        order[pool == concept[:, None]] = -1.0
+        others = pool[order.topk(9, dim=1).indices]  # (N, 9)
+        right += (own > scores.gather(1, others)).all(1).float().mean().item()
+    return 100 * right / DRAWS
+
+
+def top_1(images: Tensor, classes: Tensor, concept: Tensor, pool: Tensor) -> float:
+    """Percent of pictures whose own class is the best of all in `pool`; pictures of other classes are not counted."""
+    chosen = torch.isin(concept, pool)
+    found = pool[(images[chosen] @ classes[pool].T).argmax(1)]
+    return 100 * (found == concept[chosen]).float().mean().item()
+
+
+def probabilities(model: torch.nn.Module, images: Tensor, classes: Tensor, concept: Tensor) -> tuple[float, float]:
+    """Median sigmoid score, in percent, of the right label and of a wrong one."""
+    logits = images @ classes.T * model.logit_scale.exp() + model.logit_bias
+    right = logits.gather(1, concept[:, None]).sigmoid().median().item()
+    wrong = logits[:, ::7].flatten()[::5].sigmoid().median().item()
+    return 100 * right, 100 * wrong
+
+
+def evaluate(evaluator: Evaluator, data: Path) -> dict[str, dict[str, float]]:
+    """All measures, style -> name -> percent."""
+    concepts = evaluator.concepts
+    train = torch.tensor([concept["split"] == "train" for concept in concepts])
+    plain = torch.tensor([concept["plain"] for concept in concepts])
+    seen, unseen, all_plain = (mask.nonzero()[:, 0] for mask in (train, ~train, plain))
+    classes = {"full": evaluator.embed_classes(full), "bare": evaluator.embed_classes(bare)}
+    for language in ("en", *LANGUAGES):
+        classes[language] = evaluator.embed_classes(in_language(language))
+    results = {}
+    for style in read_styles(data, "evaluate"):
+        pictures, _ = read_pictures(data, [style], concepts)
+        images, concept = evaluator.embed_pictures(pictures.pixels), pictures.concept
+        result = {
+            "10-way, seen concepts": ten_way(images, classes["full"], concept, seen),
+            "10-way, unseen concepts": ten_way(images, classes["full"], concept, unseen),
+            "top-1 of all plain concepts": top_1(images, classes["full"], concept, all_plain),
+            "top-1, seen plain concepts only": top_1(
+                images[train[concept]], classes["full"], concept[train[concept]], all_plain
+            ),
+            "10-way, seen, bare English label": ten_way(images, classes["bare"], concept, seen),
+            "10-way, unseen, bare English label": ten_way(images, classes["bare"], concept, unseen),
+            "top-1, bare English label": top_1(images, classes["bare"], concept, all_plain),
+        }
+        for language in ("en", *LANGUAGES):
+            result[f"10-way, seen, {language} label"] = ten_way(images, classes[language], concept, seen)
+        right, wrong = probabilities(evaluator.model, images, classes["bare"], concept)
+        result |= {"median score of the right label": right, "median score of a wrong label": wrong}
+        results[style] = {name: round(value, 2) for name, value in result.items()}
+    return results
+
+
+def print_table(results: dict[str, dict[str, float]]) -> None:
+    """Show each measure beside its targets."""
+    table = Table("percent", *results, "first target", "second target")
+    for name in next(iter(results.values())):
+        values = [result[name] for result in results.values()]
+        first, second = TARGETS.get(name, ("", ""))
+        cells = [f"{value:.2f}" if value < 1 else f"{value:.1f}" for value in values]
+        table.add_row(name, *cells, str(first), str(second))
+    Console(width=110).print(table)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=None, help="checkpoint folder (default: the embedded one)")
+    parser.add_argument("--data", type=Path, default=Path("data/pictures"), help="what build_pictures.py wrote")
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    arguments = parser.parse_args()
+    folder = arguments.model or siglip_hf.default_checkpoint()
+    try:
+        evaluator = Evaluator(folder, read_concepts(arguments.data))
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    results = evaluate(evaluator, arguments.data)
+    print_table(results)
+    megabytes = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 1e6
+    print(f"checkpoint folder: {megabytes:.1f} MB (first target 20, second 30)")
+    if arguments.json:
+        arguments.json.write_text(json.dumps({"megabytes": round(megabytes, 2), **results}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
