@@ -124,6 +124,31 @@ def _in_turn(*registrars: Callable[[Any], None]) -> Callable[[Any], None]:
     return register_all
 
 
+def _register_lora_targets(module: Any) -> None:
+    from siglip_hf.lora import DEFAULT_TARGET_MODULES
+
+    lora = dict(module.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
+    for name, mapping in vars(module).items():
+        # Many other methods of PEFT start from a copy of LoRA's table.
+        if name.endswith("_TARGET_MODULES_MAPPING") and mapping == lora:
+            for family in ("siglip", "siglip2"):
+                for model_type in (family, f"{family}_text_model", f"{family}_vision_model"):
+                    mapping.setdefault(model_type, list(DEFAULT_TARGET_MODULES))
+
+
+def _register_lora_check(module: Any) -> None:
+    from siglip_hf.lora import refuse_parameters
+
+    train_and_save = module.set_additional_trainable_modules
+
+    @functools.wraps(train_and_save)
+    def checked(model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_parameters(model, getattr(peft_config, "modules_to_save", None))
+        return train_and_save(model, peft_config, *args, **kwargs)
+
+    module.set_additional_trainable_modules = checked
+
+
 _REGISTRARS: dict[str, Callable[[Any], None]] = {
     f"{_AUTO}configuration_auto": _register_configs,
     f"{_AUTO}modeling_auto": _register_models,
@@ -131,6 +156,8 @@ _REGISTRARS: dict[str, Callable[[Any], None]] = {
     f"{_AUTO}image_processing_auto": _register_image_processors,
     f"{_AUTO}processing_auto": _register_processors,
     "transformers.pipelines": _register_pipelines,
+    "peft.utils.constants": _register_lora_targets,
+    "peft.tuners.tuners_utils": _register_lora_check,
 }
 
 
@@ -147,7 +174,7 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if not fullname.startswith(("transformers.", "siglip_hf.")):
+        if not fullname.startswith(("transformers.", "siglip_hf.", "peft.")):
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
         specs = (finder.find_spec(fullname, path, target) for finder in others)
