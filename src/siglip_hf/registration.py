@@ -30,6 +30,17 @@ def _register_configs(module: Any) -> None:
         module.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
+def _register_siglip2_configs(module: Any) -> None:
+    from siglip_hf import configuration_siglip2 as configuration
+
+    for config_class in (
+        configuration.Siglip2Config,
+        configuration.Siglip2TextConfig,
+        configuration.Siglip2VisionConfig,
+    ):
+        module.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+
+
 def _register_models(module: Any) -> None:
     from siglip_hf import configuration_siglip as configuration
     from siglip_hf import modeling_siglip as modeling
@@ -54,6 +65,28 @@ def _register_models(module: Any) -> None:
     )
 
 
+def _register_siglip2_models(module: Any) -> None:
+    from siglip_hf import configuration_siglip2 as configuration
+    from siglip_hf import modeling_siglip2 as modeling
+
+    joint, text, vision = (
+        configuration.Siglip2Config,
+        configuration.Siglip2TextConfig,
+        configuration.Siglip2VisionConfig,
+    )
+    for auto_class, config_class, model_class in (
+        (module.AutoModel, joint, modeling.Siglip2Model),
+        (module.AutoModel, text, modeling.Siglip2TextModel),
+        (module.AutoModel, vision, modeling.Siglip2VisionModel),
+        (module.AutoModelForZeroShotImageClassification, joint, modeling.Siglip2Model),
+        (module.AutoModelForImageClassification, joint, modeling.Siglip2ForImageClassification),
+    ):
+        auto_class.register(config_class, model_class, exist_ok=True)
+    module.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(
+        vision, modeling.Siglip2ForImageClassification, exist_ok=True
+    )
+
+
 def _register_tokenizers(module: Any) -> None:
     from siglip_hf.configuration_siglip import SiglipConfig, SiglipTextConfig
     from siglip_hf.tokenization_siglip import SiglipTokenizer
@@ -69,9 +102,11 @@ def _register_tokenizers(module: Any) -> None:
 
 
 def _register_siglip2_tokenizers(module: Any) -> None:
+    from siglip_hf.configuration_siglip2 import Siglip2Config, Siglip2TextConfig
     from siglip_hf.tokenization_siglip2 import Siglip2Tokenizer, SiglipTokenizerOfFolder
 
-    module.REGISTERED_TOKENIZER_CLASSES["Siglip2Tokenizer"] = Siglip2Tokenizer
+    for config_class in (Siglip2Config, Siglip2TextConfig):
+        module.AutoTokenizer.register(config_class, tokenizer_class=Siglip2Tokenizer, exist_ok=True)
     # Folders of SigLIP 2 at fixed resolution have model_type "siglip", and "GemmaTokenizer" for a class, which has to go
     # on meaning Gemma's for Gemma models. So for SigLIP's model types transformers is told to distrust that name and to
     # use the type's own class; what it gets under that class's name looks into the folder.
@@ -100,6 +135,19 @@ def _register_image_processors(module: Any) -> None:
         )
 
 
+def _register_siglip2_image_processors(module: Any) -> None:
+    from siglip_hf.configuration_siglip2 import Siglip2Config, Siglip2VisionConfig
+    from siglip_hf.image_processing_siglip2 import Siglip2ImageProcessor
+    from siglip_hf.image_processing_siglip2_fast import Siglip2ImageProcessorFast
+
+    for config_class in (Siglip2Config, Siglip2VisionConfig):
+        module.AutoImageProcessor.register(
+            config_class,
+            image_processor_classes={"pil": Siglip2ImageProcessor, "torchvision": Siglip2ImageProcessorFast},
+            exist_ok=True,
+        )
+
+
 def _register_processors(module: Any) -> None:
     from siglip_hf.configuration_siglip import SiglipConfig
     from siglip_hf.processing_siglip import SiglipProcessor
@@ -108,6 +156,14 @@ def _register_processors(module: Any) -> None:
     # registered classes; so the built-in name has to go for ours to be found.
     module.PROCESSOR_MAPPING_NAMES.pop("siglip", None)
     module.AutoProcessor.register(SiglipConfig, SiglipProcessor, exist_ok=True)
+
+
+def _register_siglip2_processors(module: Any) -> None:
+    from siglip_hf.configuration_siglip2 import Siglip2Config
+    from siglip_hf.processing_siglip2 import Siglip2Processor
+
+    module.PROCESSOR_MAPPING_NAMES.pop("siglip2", None)
+    module.AutoProcessor.register(Siglip2Config, Siglip2Processor, exist_ok=True)
 
 
 def _register_pipelines(module: Any) -> None:
@@ -150,11 +206,11 @@ def _register_lora_check(module: Any) -> None:
 
 
 _REGISTRARS: dict[str, Callable[[Any], None]] = {
-    f"{_AUTO}configuration_auto": _register_configs,
-    f"{_AUTO}modeling_auto": _register_models,
+    f"{_AUTO}configuration_auto": _in_turn(_register_configs, _register_siglip2_configs),
+    f"{_AUTO}modeling_auto": _in_turn(_register_models, _register_siglip2_models),
     f"{_AUTO}tokenization_auto": _in_turn(_register_tokenizers, _register_siglip2_tokenizers),
-    f"{_AUTO}image_processing_auto": _register_image_processors,
-    f"{_AUTO}processing_auto": _register_processors,
+    f"{_AUTO}image_processing_auto": _in_turn(_register_image_processors, _register_siglip2_image_processors),
+    f"{_AUTO}processing_auto": _in_turn(_register_processors, _register_siglip2_processors),
     "transformers.pipelines": _register_pipelines,
     "peft.utils.constants": _register_lora_targets,
     "peft.tuners.tuners_utils": _register_lora_check,
@@ -242,3 +298,16 @@ def register_weight_conversions() -> None:
     # them anew only tells it that they hold for classes outside of transformers too.
     for tower in ("SiglipTextModel", "SiglipVisionModel"):
         register_mapping(tower, conversion_mapping.get_checkpoint_conversion_mapping(tower), overwrite=True)
+
+
+def register_siglip2_weight_conversions() -> None:
+    """As `register_weight_conversions`, for the classes of `modeling_siglip2`, which calls it on import."""
+    from transformers import conversion_mapping
+
+    for name, like in (
+        ("Siglip2AttentionPoolingHead", "SiglipAttentionPoolingHead"),
+        ("Siglip2TextModel", "Siglip2TextModel"),
+        ("Siglip2VisionModel", "Siglip2VisionModel"),
+    ):
+        mapping = conversion_mapping.get_checkpoint_conversion_mapping(like)
+        conversion_mapping.register_checkpoint_conversion_mapping(name, mapping, overwrite=True)
