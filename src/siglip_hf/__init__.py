@@ -26,6 +26,18 @@ _MODULES = {
     "SiglipImageProcessor": "image_processing_siglip",
     "SiglipImageProcessorFast": "image_processing_siglip_fast",
     "SiglipProcessor": "processing_siglip",
+    "NAFLEX_PRESETS": "configuration_siglip2",
+    "Siglip2Config": "configuration_siglip2",
+    "Siglip2TextConfig": "configuration_siglip2",
+    "Siglip2VisionConfig": "configuration_siglip2",
+    "Siglip2ForImageClassification": "modeling_siglip2",
+    "Siglip2Model": "modeling_siglip2",
+    "Siglip2PreTrainedModel": "modeling_siglip2",
+    "Siglip2TextModel": "modeling_siglip2",
+    "Siglip2VisionModel": "modeling_siglip2",
+    "Siglip2ImageProcessor": "image_processing_siglip2",
+    "Siglip2ImageProcessorFast": "image_processing_siglip2_fast",
+    "Siglip2Processor": "processing_siglip2",
     "Siglip2Tokenizer": "tokenization_siglip2",
     "SiglipTokenizer": "tokenization_siglip",
     "SiglipTokenizerFast": "tokenization_siglip_fast",
@@ -40,7 +52,13 @@ if TYPE_CHECKING:
     from siglip_hf.configuration_siglip import SiglipConfig as SiglipConfig
     from siglip_hf.configuration_siglip import SiglipTextConfig as SiglipTextConfig
     from siglip_hf.configuration_siglip import SiglipVisionConfig as SiglipVisionConfig
+    from siglip_hf.configuration_siglip2 import NAFLEX_PRESETS as NAFLEX_PRESETS
+    from siglip_hf.configuration_siglip2 import Siglip2Config as Siglip2Config
+    from siglip_hf.configuration_siglip2 import Siglip2TextConfig as Siglip2TextConfig
+    from siglip_hf.configuration_siglip2 import Siglip2VisionConfig as Siglip2VisionConfig
     from siglip_hf.image_processing_siglip import SiglipImageProcessor as SiglipImageProcessor
+    from siglip_hf.image_processing_siglip2 import Siglip2ImageProcessor as Siglip2ImageProcessor
+    from siglip_hf.image_processing_siglip2_fast import Siglip2ImageProcessorFast as Siglip2ImageProcessorFast
     from siglip_hf.image_processing_siglip_fast import SiglipImageProcessorFast as SiglipImageProcessorFast
     from siglip_hf.loss import sigmoid_loss as sigmoid_loss
     from siglip_hf.modeling_siglip import SiglipForImageClassification as SiglipForImageClassification
@@ -48,7 +66,13 @@ if TYPE_CHECKING:
     from siglip_hf.modeling_siglip import SiglipPreTrainedModel as SiglipPreTrainedModel
     from siglip_hf.modeling_siglip import SiglipTextModel as SiglipTextModel
     from siglip_hf.modeling_siglip import SiglipVisionModel as SiglipVisionModel
+    from siglip_hf.modeling_siglip2 import Siglip2ForImageClassification as Siglip2ForImageClassification
+    from siglip_hf.modeling_siglip2 import Siglip2Model as Siglip2Model
+    from siglip_hf.modeling_siglip2 import Siglip2PreTrainedModel as Siglip2PreTrainedModel
+    from siglip_hf.modeling_siglip2 import Siglip2TextModel as Siglip2TextModel
+    from siglip_hf.modeling_siglip2 import Siglip2VisionModel as Siglip2VisionModel
     from siglip_hf.processing_siglip import SiglipProcessor as SiglipProcessor
+    from siglip_hf.processing_siglip2 import Siglip2Processor as Siglip2Processor
     from siglip_hf.text_cleaning import canonicalize_text as canonicalize_text
     from siglip_hf.tokenization_siglip import SiglipTokenizer as SiglipTokenizer
     from siglip_hf.tokenization_siglip2 import Siglip2Tokenizer as Siglip2Tokenizer

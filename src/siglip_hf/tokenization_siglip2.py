@@ -7,11 +7,12 @@ The published `tokenizer.json` files are Gemma's own and leave the case alone, a
 from __future__ import annotations
 
 import json
-import string
 from typing import Any
 
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import cached_file
+
+from siglip_hf.text_cleaning import remove_punctuation as without_punctuation
 
 #: Length of the texts that every published SigLIP 2 model was trained on.
 TEXT_LENGTH = 64
@@ -20,7 +21,6 @@ TEXT_LENGTH = 64
 _NO_LENGTH = 10**6
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-_WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 # Classes that say nothing about the tokenizer but that it is a `tokenizer.json`.
 _GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizer")
 
@@ -159,7 +159,7 @@ class Siglip2Tokenizer(TokenizersBackend):
         """A text, or texts in any nesting, as the vocabulary knows them."""
         if isinstance(text, str):
             text = text.lower()
-            return text.translate(_WITHOUT_PUNCTUATION) if self.remove_punctuation else text
+            return without_punctuation(text) if self.remove_punctuation else text
         return [self._clean(item) for item in text] if isinstance(text, list | tuple) else text
 
 
