@@ -14,7 +14,7 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from siglip_hf import image_intake
 from siglip_hf.image_intake import PictureError
 from siglip_hf.image_processing_siglip import SiglipImageProcessor
-from siglip_hf.image_processing_siglip_fast import KERNEL_FROM, SiglipImageProcessorFast
+from siglip_hf.image_processing_siglip_fast import BOTH_FROM, SiglipImageProcessorFast
 
 BOTH = pytest.mark.parametrize("processor_class", [SiglipImageProcessor, SiglipImageProcessorFast])
 LEVEL = 1 / 255 + 1e-6  # of 0..1, with room for float32
@@ -168,16 +168,23 @@ def test_fast_is_within_one_level(shape, resample):
         assert (np.abs(slow - fast) > LEVEL / 2).mean() < 0.03
 
 
-def test_fast_uses_torch_for_reductions_and_pillow_for_the_rest(monkeypatch):
-    resized = []
+def test_who_resizes_what(monkeypatch):
+    done = []
+    original = Image.Image.resize
     monkeypatch.setattr(
-        Image.Image, "resize", lambda self, size, **_: resized.append(self.size) or Image.new("RGB", size)
+        Image.Image, "resize", lambda self, size, **_: done.append((self.size, size)) or original(self, size)
     )
+    large, small = int(32 * BOTH_FROM) + 1, int(32 * BOTH_FROM) - 1
     processor = SiglipImageProcessorFast(size=SMALL)
-    large, small = int(32 * KERNEL_FROM) + 1, int(32 * KERNEL_FROM) - 1
     for width, height in ((large, large), (small, large), (large, small), (8, 8)):
         processor(Image.new("RGB", (width, height)))
-    assert resized == [(small, large), (large, small), (8, 8)]
+    # A large reduction is torch's alone. Of others Pillow does one direction: rows first, unless columns save much.
+    rows_first = [((large, small), (32, small)), ((8, 8), (32, 8))]
+    assert [step for step in done if step in rows_first] == rows_first
+    assert done[0] == ((small, large), (32, large))
+    assert len(done) == 3
+    processor(Image.new("RGB", (large, large)), resample=Image.Resampling.LANCZOS)
+    assert done[3] == ((large, large), (32, 32))
 
 
 def test_fast_does_not_need_torchvision(monkeypatch):

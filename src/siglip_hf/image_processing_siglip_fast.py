@@ -18,8 +18,8 @@ from transformers.image_utils import ChannelDimension, PILImageResampling, SizeD
 from .image_intake import Picture
 from .image_processing_siglip import SiglipImageProcessorBase, pillow_filter, resized_size, value_scale
 
-#: How many times as large as the result a picture must be, on both sides, for torch's 8-bit kernel.
-KERNEL_FROM = 1.75
+#: How many times as large as the result a picture must be, on both sides, for torch to resize it in both directions.
+BOTH_FROM = 1.75
 
 # Pillow 13 (python-pillow/Pillow#9549) filters the columns first if that saves much; before, the rows came first.
 _PILLOW_PICKS_ORDER = int(PIL.__version__.partition(".")[0]) >= 13
@@ -33,13 +33,13 @@ class SiglipImageProcessorFast(SiglipImageProcessorBase):
     It differs from `SiglipImageProcessor` in the resizing only, and by at most one level of 255 (1/255 before
     normalization, 2/255 after it with std 0.5). Both filter rows and columns in the same order and round to 8 bits
     after each, but torch's kernel has 16-bit weights where Pillow's have 22, so that a value close to a half may be
-    rounded the other way. That hits 0.5 % of the values in noise of full contrast, where the largest errors are, fewer
-    in photographs, and none in flat regions.
+    rounded the other way. That hits up to 2 % of the values in noise of full contrast, where the largest errors are,
+    fewer in photographs, and none in flat regions.
 
-    The kernel serves bilinear and bicubic filters and pictures at least `KERNEL_FROM` times as large as the result on
-    both sides. Closer to the result, or when enlarging, one weight takes nearly all, and its two roundings could add up
-    to two levels; such pictures are small, and Pillow resizes them without any difference. So it does for the other
-    filters and for an alpha channel that is kept (`do_convert_rgb=False`).
+    Two such roundings in a row could add up to two levels where one weight takes nearly all: when a picture is enlarged
+    or hardly reduced, to more than 1 / `BOTH_FROM` of a side. Then Pillow filters the first direction, which leaves one
+    rounding. Pillow also serves the filters other than bilinear and bicubic, and an alpha channel that is kept
+    (`do_convert_rgb=False`), without any difference.
 
     With `device`, the resized 8-bit values are sent there, a quarter of the bytes, and normalized there. Without it,
     the result lies where the first picture does, if that is a tensor. Without `return_tensors`, `pixel_values` is a
@@ -123,17 +123,26 @@ def _to_tensor(picture: Picture) -> torch.Tensor:
 
 
 def _resize(picture: Picture, target: tuple[int, int], resample: PILImageResampling) -> torch.Tensor:
-    """uint8 (C, *target), from torch's 8-bit kernel where it serves, from Pillow elsewhere."""
-    times_larger = min(side / new for side, new in zip(picture.size, target, strict=True))
+    """uint8 (C, *target), in one direction and then in the other, each rounded to 8 bits as Pillow does."""
     # Pillow filters RGBA with premultiplied alpha, which torch cannot.
-    if times_larger < KERNEL_FROM or resample not in _TORCH_MODES or _has_alpha(picture):
-        return _to_tensor(Picture(picture.to_pil().resize((target[1], target[0]), resample=resample)))
-    image = _to_tensor(picture)[None]  # (1, C, height, width)
+    if resample not in _TORCH_MODES or _has_alpha(picture):
+        return _to_tensor(_resize_with_pillow(picture, target, resample))
     height, width = picture.size
-    mode = _TORCH_MODES[resample]
-    if _PILLOW_PICKS_ORDER and height - target[0] > 2 * max(0, width - target[1]):
-        image = F.interpolate(image, (target[0], width), mode=mode, antialias=True)
-    return F.interpolate(image, target, mode=mode, antialias=True)[0]  # by itself, rows first
+    columns_first = _PILLOW_PICKS_ORDER and height - target[0] > 2 * max(0, width - target[1])
+    between = (target[0], width) if columns_first else (height, target[1])
+    options: Any = {"mode": _TORCH_MODES[resample], "antialias": True}
+    if min(height / target[0], width / target[1]) < BOTH_FROM:
+        image = _to_tensor(_resize_with_pillow(picture, between, resample))[None]  # (1, C, *between)
+    else:
+        image = _to_tensor(picture)[None]  # (1, C, height, width)
+        if columns_first:  # otherwise torch goes through `between` by itself
+            image = F.interpolate(image, between, **options)
+    return F.interpolate(image, target, **options)[0]
+
+
+def _resize_with_pillow(picture: Picture, target: tuple[int, int], resample: PILImageResampling) -> Picture:
+    height, width = target
+    return Picture(picture.to_pil().resize((width, height), resample=resample))
 
 
 def _has_alpha(picture: Picture) -> bool:
