@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 
 import big_vision_reference as reference
 from siglip_hf import PRESETS, SiglipConfig, SiglipModel
+from siglip_hf.cli import main
+from siglip_hf.configuration_siglip2 import NAFLEX_PRESETS, Siglip2Config
 from siglip_hf.convert_big_vision import _preset_fields, _rules, _span, convert
 
 SIZES = reference.Sizes()
@@ -76,9 +80,22 @@ def test_embeddings_and_logits_are_those_of_the_original(tmp_path, params, scan,
 
 
 @pytest.mark.parametrize("grid", [(3, 3), (2, 4), (4, 2)], ids=str)
-def test_naflex_checkpoints_become_siglip2_checkpoints(tmp_path, grid):
+def test_naflex_checkpoints_become_siglip2_checkpoints(tmp_path, grid, monkeypatch):
     params = reference.random_params(NAFLEX)
-    convert(write(tmp_path / "original.npz", reference.scanned(params)), tmp_path / "out")
+    file = write(tmp_path / "original.npz", reference.scanned(params))
+    assert convert(file, tmp_path / "out").preset is None
+    config = Siglip2Config.from_pretrained(tmp_path / "out")
+    monkeypatch.setitem(
+        NAFLEX_PRESETS,
+        "tiny-naflex",
+        (
+            {key: getattr(config.text_config, key) for key in PRESETS["siglip2-base-patch16-256"][0]},
+            {key: getattr(config.vision_config, key) for key in NAFLEX_PRESETS["siglip2-base-patch16-naflex"][1]},
+        ),
+    )
+    for i, preset in enumerate([None, "google/tiny-naflex"]):
+        assert convert(file, tmp_path / str(i), preset=preset).preset.endswith("tiny-naflex")
+        assert (tmp_path / str(i) / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
     model, info = stock_siglip2.Siglip2Model.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert {name: list(keys) for name, keys in info.items() if keys} == {}
     rows, columns = grid
@@ -115,7 +132,8 @@ def test_a_configuration_is_made_from_shapes(tmp_path, params):
 
 
 def test_a_published_checkpoint_is_recognised_by_its_shapes(tmp_path, params, monkeypatch):
-    assert all(_preset_fields(a) != _preset_fields(b) for a in PRESETS for b in PRESETS if a != b)
+    names = [*PRESETS, *NAFLEX_PRESETS]
+    assert all(_preset_fields(a) != _preset_fields(b) for a in names for b in names if a != b)
     # A picture size that is no multiple of the patch size, as in so400m-patch14-384, is known to the preset only.
     tower = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 3}
     text = {"hidden_size": 16, "intermediate_size": 36, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -273,6 +291,39 @@ def test_the_tokenizer_of_siglip2_lowercases_and_ends_in_eos(tmp_path):
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")("A <table> Photo, CAT", padding="max_length", max_length=20)
     assert len(expected) < 20
     assert ids["input_ids"] == expected + [0] * (20 - len(expected))
+
+
+def test_the_command_line_converts(tmp_path, params, capsys):
+    file = write(tmp_path / "original.npz", params)
+    assert main(["convert", str(file), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
+    assert "of no published checkpoint; 108 tensors, 0.0 million parameters" in capsys.readouterr().out
+    assert SiglipModel.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
+    for arguments, message in (
+        ([str(file), str(tmp_path / "out")], "out is not empty; give another folder, or overwrite=True (--overwrite)"),
+        ([str(tmp_path / "no.npz"), str(tmp_path / "new")], "no.npz"),
+        ([str(file), str(tmp_path / "new"), "--preset", "siglip-xl"], "no preset 'siglip-xl'; the nearest are"),
+    ):
+        assert main(["convert", *arguments]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("siglip-hf: ")]
+        assert message in line
+    assert main(["convert", str(file), str(tmp_path / "out"), "--overwrite"]) == 0
+
+
+def test_the_snippets_of_the_page_run(tmp_path, params, monkeypatch):
+    page = (Path(__file__).parents[1] / "docs" / "converting.md").read_text()
+    snippets = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(snippets) == 2
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "webli_en_b16_224.npz", params)
+    train_vocabulary(tmp_path, "c4_en", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    names: dict = {}
+    for snippet in snippets:
+        exec(snippet, names)
+    assert names["result"].num_tensors == len(params)
+    ids = torch.tensor([names["tokenizer"]("a cat", padding="max_length", truncation=True)["input_ids"]])
+    with torch.no_grad():
+        texts = names["model"].eval().encode_text(ids)
+    np.testing.assert_allclose(texts, reference.encode_text(params, ids.numpy()), atol=1e-4)
 
 
 def test_block_numbers_are_joined():

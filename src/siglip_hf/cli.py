@@ -99,6 +99,9 @@ def classify(
     model: Annotated[
         str | None, typer.Option(help="A checkpoint; without it the embedded one, with no network.")
     ] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="A folder made by `siglip-hf export`, run by ONNX Runtime; instead of --model.")
+    ] = None,
     template: Annotated[
         list[str] | None, typer.Option(help="Text with {} for the label; given several times, they are averaged.")
     ] = None,
@@ -135,6 +138,8 @@ def classify(
     )
     from siglip_hf.label_bank import parse_labels, parse_templates
 
+    if model is not None and onnx is not None:
+        raise ValueError("--model and --onnx are both given; pass one of them.")
     right = read_truth_file(truth) if truth else None
     given = [value for value in (labels, read_labels_file(labels_file) if labels_file else None) if value is not None]
     if len(given) > 1:
@@ -158,7 +163,12 @@ def classify(
     )
     with _no_library_progress(), progress:
         task = progress.add_task("loading the model", total=None)
-        classifier = load_classifier(model or default_checkpoint(), device)
+        if onnx is not None:
+            from siglip_hf.export import onnx_classifier
+
+            classifier = onnx_classifier(onnx)
+        else:
+            classifier = load_classifier(model or default_checkpoint(), device)
         progress.update(task, description="classifying", total=len(sources))
         results = classify_files(
             classifier,
@@ -308,3 +318,40 @@ def _print_report(report: dict[str, Any]) -> None:
         for name, value in rows.items():
             table.add_row(name, value)
         console.print(table)
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="IN.npz", help="A checkpoint of the original code.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    preset: Annotated[
+        str | None, typer.Option(help="Published checkpoint that it is; inferred from the shapes by default.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="The SentencePiece file that belongs to it.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+) -> None:
+    """Turn a checkpoint of the original code into a folder that transformers loads."""
+    from siglip_hf.convert_big_vision import convert as convert_checkpoint
+
+    result = convert_checkpoint(
+        checkpoint, output, preset=preset, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite
+    )
+    name = result.preset or "the shapes are those of no published checkpoint"
+    print(f"{output}: {name}; {result.num_tensors} tensors, {result.num_parameters / 1e6:.1f} million parameters")
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint: a folder or a name.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 23.")] = 20,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
+) -> None:
+    """Write both towers as ONNX files; refused if their embeddings are not PyTorch's."""
+    from siglip_hf.export import export as export_model
+
+    result = export_model(model, output, dtype=dtype, opset=opset, overwrite=overwrite)
+    cosines = ", ".join(f"{tower}.onnx {cosine:.7f}" for tower, cosine in result.cosines.items())
+    print(f"{output}: lowest cosine to PyTorch: {cosines}")

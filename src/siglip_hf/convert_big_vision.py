@@ -20,11 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from siglip_hf.configuration_siglip import PRESETS, SiglipConfig
+from siglip_hf.configuration_siglip2 import NAFLEX_PRESETS, Siglip2Config
 from siglip_hf.output_folder import check_output_folder, new_folder
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -91,8 +90,8 @@ def convert(
     Args:
         npz_path: The `.npz` file.
         output_folder: Folder to write: weights, `config.json`, `preprocessor_config.json` and the tokenizer's files.
-        preset: Name of the published checkpoint, a key of `siglip_hf.PRESETS`. Inferred from the shapes by default;
-            with shapes of no published checkpoint a fitting configuration is made.
+        preset: Name of the published checkpoint, a key of `PRESETS` or `NAFLEX_PRESETS`. Inferred from the shapes by
+            default; with shapes of no published checkpoint a fitting configuration is made.
         tokenizer: Vocabulary to take along: the SentencePiece file the model was trained with. Without it the folder
             has no tokenizer.
         dtype: Type to save in: float32, float16 or bfloat16, as `torch.dtype` or by name.
@@ -106,12 +105,12 @@ def convert(
     """
     torch_dtype = _checked_dtype(dtype)
     check_output_folder(output_folder, overwrite=overwrite, marker="config.json")
-    config: Any = None if preset is None else SiglipConfig.from_preset(preset)
+    config: Any = None if preset is None else _preset_config(preset)
     tree = _read_tree(Path(npz_path))
     if config is None:
         fields = _fields(tree)
-        preset = next((name for name in PRESETS if _preset_fields(name) == fields), None)
-        config = _config(fields) if preset is None else SiglipConfig.from_preset(preset)
+        preset = next((name for name in (*PRESETS, *NAFLEX_PRESETS) if _preset_fields(name) == fields), None)
+        config = _config(fields) if preset is None else _preset_config(preset)
     if tokenizer is not None:
         _check_vocabulary(Path(tokenizer), config)
 
@@ -225,18 +224,26 @@ def _fields(tree: _Tree) -> dict[str, dict[str, Any]]:
     return {"text": text, "vision": vision}
 
 
+def _preset_config(name: str) -> SiglipConfig:
+    naflex = name.removeprefix("google/") in NAFLEX_PRESETS
+    return (Siglip2Config if naflex else SiglipConfig).from_preset(name)
+
+
 def _preset_fields(name: str) -> dict[str, dict[str, Any]]:
+    if name in NAFLEX_PRESETS:
+        text, vision = NAFLEX_PRESETS[name]
+        return {"text": text, "vision": vision}
     text, vision = PRESETS[name]
     num_patches = (vision["image_size"] // vision["patch_size"]) ** 2
     fields = {key: value for key, value in vision.items() if key != "image_size"}
     return {"text": text, "vision": fields | {"num_patches": num_patches, "num_channels": 3}}
 
 
-def _config(fields: dict[str, dict[str, Any]]) -> PreTrainedConfig:
+def _config(fields: dict[str, dict[str, Any]]) -> SiglipConfig:
     """The configuration of a checkpoint that has the shapes of no preset."""
     text, vision = fields["text"], dict(fields["vision"])
     if "num_channels" not in vision:
-        return AutoConfig.for_model("siglip2", text_config=text, vision_config=vision)
+        return Siglip2Config(text_config=text, vision_config=vision)
     num_patches = vision.pop("num_patches")
     side = math.isqrt(num_patches)
     if side * side != num_patches:
@@ -301,7 +308,7 @@ def _rules(config: Any) -> list[_Rule]:
     width, embeddings = vision.hidden_size, "vision_model.embeddings"
     patch = (vision.patch_size, vision.patch_size, vision.num_channels)
     kernel: tuple[int, ...]
-    if isinstance(config, SiglipConfig):
+    if config.model_type == "siglip":
         positions = (1, math.prod(vision.patch_grid), width)
         kernel, embed = (*patch, width), _convolution
     else:
@@ -447,8 +454,7 @@ def _check_finite(state_dict: _Tree, tree: _Tree, rules: Iterable[_Rule]) -> Non
 
 
 def _is_siglip2(config: Any) -> bool:
-    text: Any = config.text_config
-    return not isinstance(config, SiglipConfig) or text.vocab_size == _GEMMA_VOCABULARY
+    return config.model_type == "siglip2" or config.text_config.vocab_size == _GEMMA_VOCABULARY
 
 
 def _write_image_processor(folder: Path, config: Any) -> None:
@@ -463,7 +469,7 @@ def _write_image_processor(folder: Path, config: Any) -> None:
         "resample": 2 if _is_siglip2(config) else 3,
         "rescale_factor": 1 / 255,
     }
-    if isinstance(config, SiglipConfig):
+    if config.model_type == "siglip":
         settings |= {"image_processor_type": "SiglipImageProcessor", "processor_class": "SiglipProcessor"}
         settings["size"] = {"height": vision.image_size, "width": vision.image_size}
     else:
