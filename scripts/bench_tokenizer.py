@@ -76,6 +76,13 @@ def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, fl
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
+def cpu_name() -> str:
+    """Returns the name of this machine's processor."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=5000)
@@ -108,8 +115,7 @@ def main() -> None:
         },
         arguments.repeats,
     )
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                if line.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else platform.processor()  # fmt: skip
+    cpu = cpu_name()
     print(f"{cpu}, {os.cpu_count()} cores; torch {torch.__version__}, transformers {transformers.__version__}")
     tokens = sum(map(len, slow.sp_model.encode(cleaned))) / len(cleaned)
     print(

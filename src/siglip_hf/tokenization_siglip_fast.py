@@ -131,9 +131,12 @@ class SiglipTokenizerFast(SiglipTokenization, TokenizersBackend):
                 "A SigLIP tokenizer is made from spiece.model."
             )
         super().__init__(vocab_file=vocab_file, tokenizer_file=tokenizer_file, do_lower_case=do_lower_case, **kwargs)
-        if self.slow_tokenizer is not None:
-            # One set of special tokens for both, also when one is replaced later.
-            self.slow_tokenizer._special_tokens_map = self._special_tokens_map
+
+    def __setattr__(self, key: str, value: Any) -> None:
+        super().__setattr__(key, value)
+        # One set of special tokens for both, also when one is replaced later.
+        if key in ("_special_tokens_map", "_extra_special_tokens") and self.__dict__.get("slow_tokenizer"):
+            setattr(self.slow_tokenizer, key, value)
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **kwargs: Any) -> dict[str, Any]:
@@ -408,7 +411,7 @@ def backend_tokenizer(slow: SiglipTokenizer) -> Tokenizer:
     steps: list[Any] = [normalizers.Replace(MARK, " ")]
     if slow.do_lower_case:
         # The library lowercases letter by letter, without the sigma that Greek words end in.
-        steps += [normalizers.Replace(Regex(r"(?<=\p{L})Σ(?!\p{L})"), "ς"), normalizers.Lowercase()]
+        steps += [normalizers.Replace(Regex(r"(?<=[\p{L}\p{M}])Σ(?!\p{L})"), "ς"), normalizers.Lowercase()]
     steps += [
         normalizers.Replace(Regex(f"[{re.escape(string.punctuation)}]"), ""),
         normalizers.Replace(Regex(r"[\s\x1c-\x1f\x85]+"), " "),
