@@ -356,8 +356,8 @@ class SiglipTokenizer(SiglipTokenization, SentencePieceBackend):
         return pieces
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        # SentencePiece drops the space at the start of its input, or adds one, as its model says. After the unknown
-        # token, which is cut off again, the start is an inside.
+        # As stock does: SentencePiece adds or drops a space at the start of its input. With the unknown token before it,
+        # which is cut off again, the text has no start that could be touched.
         pieces = self.sp_model.encode(self.unk_token + self.canonicalize_text(text), out_type=str)
         length = self.unk_token_length
         return pieces[length:] if len(pieces) >= length else pieces
@@ -452,7 +452,9 @@ class SiglipTokenizer(SiglipTokenization, SentencePieceBackend):
         if not folder.is_dir():
             raise ValueError(f"{save_directory} is not a folder. Create it before saving a vocabulary.")
         path = folder / ((filename_prefix + "-" if filename_prefix else "") + VOCAB_FILES_NAMES["vocab_file"])
-        path.write_bytes(self.sp_model.serialized_model_proto())
+        source = Path(self.vocab_file)
+        # The file rather than the model: with `legacy=False` transformers changes the model it read.
+        path.write_bytes(source.read_bytes() if source.is_file() else self.sp_model.serialized_model_proto())
         return (str(path),)
 
     def __getstate__(self) -> dict[str, Any]:
