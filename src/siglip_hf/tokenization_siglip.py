@@ -356,8 +356,8 @@ class SiglipTokenizer(SiglipTokenization, SentencePieceBackend):
         return pieces
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        # As stock does: SentencePiece adds or drops a space at the start of its input. After the unknown token, which is
-        # cut off again, the text has no start that could be touched.
+        # As stock does: SentencePiece adds or drops a space at the start of its input. After the unknown token, which
+        # is cut off again, the text has no start that could be touched.
         pieces = self.sp_model.encode(self.unk_token + self.canonicalize_text(text), out_type=str)
         length = self.unk_token_length
         return pieces[length:] if len(pieces) >= length else pieces
