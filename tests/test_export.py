@@ -149,8 +149,9 @@ def test_the_command_line_exports_and_classifies(checkpoint, exported, picture, 
         (row,) = json.loads(capsys.readouterr().out)
         scores.append({label["label"]: label["logit"] for label in row["labels"]})
     assert scores[0] == pytest.approx(scores[1], abs=1e-4)
-    assert main(["classify", "cat.png", "--labels", "a", "--onnx", "x", "--model", "y"]) == 2
-    assert "--model and --onnx are both given" in capsys.readouterr().err
+    for option in ("--model", "--device"):
+        assert main(["classify", "cat.png", "--labels", "a", "--onnx", "x", option, "cpu"]) == 2
+        assert f"{option} and --onnx are both given" in capsys.readouterr().err
 
 
 def test_inputs_of_another_size_are_refused(exported):
@@ -234,10 +235,12 @@ def test_user_mistakes_are_named(exported, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_extra_to_install_is_named(tmp_path, monkeypatch):
+def test_the_extra_to_install_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'onnx, onnxscript, onnxruntime; pip install "siglip-hf\[export\]"'):
         export("any", tmp_path / "out")
+    assert main(["export", "any", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("siglip-hf: this needs onnx, onnxscript, onnxruntime; pip install")
 
 
 def test_the_snippets_of_the_page_run(checkpoint, exported, picture, tmp_path, monkeypatch):

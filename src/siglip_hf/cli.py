@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         # Errors of usage come with an exit code and a message for the user, whatever class a version of typer has.
         if hasattr(error, "format_message"):
             message = error.format_message()
-        elif isinstance(error, ValueError | OSError):
+        elif isinstance(error, ValueError | OSError | ImportError):  # of an extra that is not installed
             message = str(error)
         else:
             raise
@@ -138,8 +138,8 @@ def classify(
     )
     from siglip_hf.label_bank import parse_labels, parse_templates
 
-    if model is not None and onnx is not None:
-        raise ValueError("--model and --onnx are both given; pass one of them.")
+    if onnx is not None and (other := "--model" if model else "--device" if device else None):
+        raise ValueError(f"{other} and --onnx are both given; pass one of them.")
     right = read_truth_file(truth) if truth else None
     given = [value for value in (labels, read_labels_file(labels_file) if labels_file else None) if value is not None]
     if len(given) > 1:
