@@ -5,8 +5,8 @@ Usage: python scripts/evaluate_default.py [--model FOLDER] [--data data/pictures
 Each style held out of training (scripts/build_pictures.py) is measured by itself. "Seen" concepts were drawn by other
 hands in training; of "unseen" ones no picture was, only their names and tags as words. Pictures and texts go through
 the package's own processor. A class is the mean embedding of its label in all templates of a language, or, in the full
-ensemble, of all its labels in all languages and templates. The 10-way figures are means over 20 draws of 9 other
-concepts of the same kind.
+ensemble, of its English label in all templates, its English aliases and its labels in nine other languages. The
+10-way figures are means over 20 draws of 9 other concepts of the same kind.
 """
 
 from __future__ import annotations
@@ -87,11 +87,9 @@ def in_language(language: str) -> Callable[[dict[str, Any]], list[str]]:
 
 
 def full(concept: dict[str, Any]) -> list[str]:
-    """All labels and English aliases, in the templates of their language."""
-    prompts = [template.format(alias) for alias in concept["aliases"] for template in TEMPLATES["en"]]
-    for language in concept["captions"]:
-        prompts += in_language(language)(concept)
-    return prompts
+    """The English label in all templates, its aliases, and the labels of all other languages."""
+    others = [caption["label"] for language, caption in concept["captions"].items() if language != "en"]
+    return [*in_language("en")(concept), *concept["aliases"], *others]
 
 
 def ten_way(images: Tensor, classes: Tensor, concept: Tensor, pool: Tensor) -> float:

@@ -2,8 +2,8 @@
 
 Usage: python scripts/train_default.py [--data data/pictures] [--run runs/default] [--out runs/default/checkpoint]
 
-About 75 minutes on 2 cores. State is saved each minute: start it again with the same --run and it goes on. The learning
-curve is RUN/learning_curve.jsonl. The held-out styles and the pictures of the held-out concepts are never read.
+About 40 minutes on 2 idle cores. State is saved each minute: start it again with the same --run and it goes on. The
+learning curve is RUN/learning_curve.jsonl. The held-out styles and the pictures of the held-out concepts are never read.
 """
 
 from __future__ import annotations
@@ -71,10 +71,10 @@ def main() -> int:
     parser.add_argument("--run", type=Path, default=Path("runs/default"), help="folder of state and learning curve")
     parser.add_argument("--out", type=Path, help="folder of the checkpoint (default: RUN/checkpoint)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--words", type=int, default=300_000, help="texts of stage 1 (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=1_000_000, help="pictures of stage 2 (default: %(default)s)")
-    parser.add_argument("--locked", type=int, default=150_000, help="texts of stage 3 (default: %(default)s)")
-    parser.add_argument("--joint", type=int, default=40_000, help="pairs of stage 4 (default: %(default)s)")
+    parser.add_argument("--words", type=int, default=150_000, help="texts of stage 1 (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=400_000, help="pictures of stage 2 (default: %(default)s)")
+    parser.add_argument("--locked", type=int, default=60_000, help="texts of stage 3 (default: %(default)s)")
+    parser.add_argument("--joint", type=int, default=15_000, help="pairs of stage 4 (default: %(default)s)")
     arguments = parser.parse_args()
     try:
         run = prepare(arguments.data, arguments.run, arguments.seed)
@@ -85,7 +85,7 @@ def main() -> int:
         f"{len(run.train)} pictures to train on, {len(run.validation)} to validate, {len(run.captions.texts)} texts, "
         f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.1f} million parameters"
     )
-    # Each tower alone, in a process and on a core of its own; here they are then only read back.
+    # Each tower alone, in a process of its own; here their last state is then only read back.
     towers = torch.multiprocessing.get_context("spawn")
     workers = [towers.Process(target=train_tower, args=(name, arguments)) for name in ("words", "pictures")]
     for worker in workers:

@@ -68,7 +68,7 @@ class Run:
 
 
 def orthogonalized(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Nearly orthogonal matrices with the same row and column spaces, (K, rows, columns), by Newton-Schulz iteration."""
+    """The nearest orthogonal matrices, roughly, of (K, rows, columns), by Newton-Schulz iteration."""
     transposed = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if transposed else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -178,16 +178,22 @@ class Progress:
 
     def steps(self, batch: int) -> Iterator[tuple[float, Callable[[Tensor], None]]]:
         """Yield (progress in 0..1, a function that takes the step's loss) until `total` samples are done."""
-        done, losses, last = self._resume(), [], time.time()
+        losses: list[float] = []
+
+        def take(loss: Tensor) -> None:
+            losses.append(float(loss.detach()))
+
+        done, last = self._resume(), time.time()
         logged = done
         while done < self.total:
-            yield done / self.total, lambda loss: losses.append(float(loss.detach()))
+            yield done / self.total, take
             done += batch
             now = time.time()
             if now - last > self.every or done >= self.total:
                 speed = (done - logged) / (now - last)
                 self.run.log(self.stage, done, loss=sum(losses) / len(losses), per_second=speed, **self.check())
-                losses, last, logged = [], time.time(), done
+                losses.clear()
+                last, logged = time.time(), done
                 self._save(done)
 
     @property
@@ -254,8 +260,8 @@ class Scale(nn.Module):
 def place_concepts(run: Run, steps: int = 400) -> None:
     """Stage 1. Sets `run.table` (C, E): unit vectors whose cosines follow the concepts' common captions.
 
-    Captions are weighted by rarity (tf-idf), so that a common tag brings two concepts near each other and a label, which
-    one concept has alone, sets it apart. All concepts take part: these are words, no pictures.
+    Captions are weighted by rarity (tf-idf), so that a common tag brings two concepts near each other and a label,
+    which one concept has alone, sets it apart. All concepts take part: these are words, no pictures.
     """
     path = run.folder / "table.pt"
     if path.exists():
@@ -281,12 +287,12 @@ def place_concepts(run: Run, steps: int = 400) -> None:
     run.log("table", steps, loss=loss.item())
 
 
-def words(run: Run, total: int, batch: int = 384) -> None:
+def words(run: Run, total: int, batch: int = 192) -> None:
     """Stage 2, text. The text tower finds the concepts of a caption in the locked table."""
     assert run.table is not None
     table = run.table
     text, scale = run.model.text_model, Scale(15.0, -8.0)
-    optimizers = Optimizers([text], [*scale.parameters()], adamw_lr=3e-3, weight_decay=0.01)
+    optimizers = Optimizers([text], [*scale.parameters()], muon_lr=4e-3, adamw_lr=3e-3, weight_decay=0.01)
     modules = {"text": text, "scale": scale, "optimizers": optimizers}
     source = random.Random(run.seed)
 
@@ -345,7 +351,7 @@ def tag_table(run: Run) -> tuple[Tensor, Tensor]:
     return F.normalize(belongs.float() @ run.table, dim=-1), belongs
 
 
-def pictures(run: Run, total: int, batch: int = 256) -> None:
+def pictures(run: Run, total: int, batch: int = 128) -> None:
     """Stage 2, pictures. The image tower finds a picture's concept in the locked table, and its tags.
 
     Only trained concepts are in that table, so that nothing pushes pictures away from the others. A tag's vector is the
@@ -358,7 +364,8 @@ def pictures(run: Run, total: int, batch: int = 256) -> None:
     tags, belongs = tag_table(run)
     scale, tag_scale = Scale(12.0, 0.0), Scale(10.0, -6.0)
     vision = run.model.vision_model
-    optimizers = Optimizers([vision], [*scale.parameters(), *tag_scale.parameters()])
+    others = [*scale.parameters(), *tag_scale.parameters()]
+    optimizers = Optimizers([vision], others, muon_lr=5e-3, adamw_lr=1.5e-3)
     modules = {"vision": vision, "scale": scale, "tag_scale": tag_scale, "optimizers": optimizers}
     generator = torch.Generator().manual_seed(run.seed)
     augment = Augmenter(run.image_size, generator)
@@ -372,7 +379,7 @@ def pictures(run: Run, total: int, batch: int = 256) -> None:
         while len(order) < batch:
             order += torch.randperm(len(run.train), generator=generator).tolist()
         chosen, order = order[:batch], order[batch:]
-        strength = min(1.0, 0.3 + 2.0 * progress)
+        strength = 0.2 + 0.5 * progress  # mild first, or it learns nothing for long
         pixels = augment(run.train.pixels[chosen], run.train.mirrored[chosen], strength)
         with autocast():
             embeds = run.model.encode_image(pixels).float()
