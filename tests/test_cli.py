@@ -149,6 +149,7 @@ def test_sheet(run, folder):
         ([], "no labels"),
         (["--labels", " , "], "hold no label"),
         (["--labels", "a", "--labels-file", "labels.txt"], "labels file 'labels.txt' cannot be read"),
+        (["--labels-file", "labels.json"], "goes to --truth"),
         (["--labels", "a", "--template", "photo"], "'photo' has no single '{}'"),
         (["--labels", "a", "--top", "0"], "--top"),
         (["--labels", "a", "--model", "no/such/folder/at all"], "cannot load 'no/such/folder/at all'"),

@@ -69,8 +69,13 @@ def read_labels_file(path: str | Path) -> list[str]:
     """Labels from a text file, one on each line; empty lines are skipped.
 
     Raises:
-        ValueError: if the file cannot be read as text, or holds no label.
+        ValueError: if the file cannot be read as text, holds no label, or is JSON.
     """
+    if Path(path).suffix.lower() == ".json":
+        raise ValueError(
+            f"the labels file {str(path)!r} should be plain text with a label on each line; JSON of right labels by "
+            "file name goes to --truth, and then no other labels are needed."
+        )
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
