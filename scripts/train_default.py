@@ -3,7 +3,7 @@
 Usage: python scripts/train_default.py [--data data/pictures] [--run runs/default] [--out runs/default/checkpoint]
 
 About 40 minutes on 2 idle cores. State is saved each minute: start it again with the same --run and it goes on. The
-learning curve is RUN/learning_curve.jsonl. The held-out styles and the pictures of the held-out concepts are never read.
+learning curve is RUN/learning_curve.jsonl. The held-out styles and the held-out concepts' pictures are never read.
 """
 
 from __future__ import annotations

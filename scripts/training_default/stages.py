@@ -379,7 +379,7 @@ def pictures(run: Run, total: int, batch: int = 128) -> None:
         while len(order) < batch:
             order += torch.randperm(len(run.train), generator=generator).tolist()
         chosen, order = order[:batch], order[batch:]
-        strength = 0.2 + 0.5 * progress  # mild first, or it learns nothing for long
+        strength = min(1.0, 0.2 + 0.9 * progress)  # mild first, or it learns nothing for long
         pixels = augment(run.train.pixels[chosen], run.train.mirrored[chosen], strength)
         with autocast():
             embeds = run.model.encode_image(pixels).float()
@@ -391,7 +391,7 @@ def pictures(run: Run, total: int, batch: int = 128) -> None:
         took(naming)
 
 
-def locked(run: Run, total: int, batch: int = 512) -> None:
+def locked(run: Run, total: int, batch: int = 192) -> None:
     """Stage 3. Text tower alone, against the embeddings of training pictures; unseen concepts keep their vector."""
     assert run.table is not None
     images = embed_pictures(run, run.train)
@@ -401,7 +401,7 @@ def locked(run: Run, total: int, batch: int = 512) -> None:
     # A concept's vector is now the mean of its pictures; where none may be seen, the words' own.
     run.table = torch.where(trained[:, None], F.normalize(sums, dim=-1), run.table)
     text, scale = run.model.text_model, Scale(15.0, -8.0)
-    optimizers = Optimizers([text], [*scale.parameters()], muon_lr=1e-3, adamw_lr=1e-3, weight_decay=0.01)
+    optimizers = Optimizers([text], [*scale.parameters()], muon_lr=2e-3, adamw_lr=2e-3, weight_decay=0.01)
     modules = {"text": text, "scale": scale, "optimizers": optimizers}
     source = random.Random(run.seed + 1)
     for progress, took in Progress(run, "locked", total, modules, check=lambda: validate(run)).steps(batch):
@@ -428,7 +428,8 @@ def joint(run: Run, total: int, batch: int = 192) -> None:
     others = [model.logit_scale, model.logit_bias]
     towers = [model.vision_model, model.text_model]
     optimizers = Optimizers(towers, [], muon_lr=3e-4, adamw_lr=1e-4, weight_decay=0.0)
-    calibration = torch.optim.Adam(others, lr=2e-2)
+    rate = 5e-2  # scale and bias have far to go, the towers hardly
+    calibration = torch.optim.Adam(others, lr=rate)
     generator = torch.Generator().manual_seed(run.seed + 2)
     augment, source = Augmenter(run.image_size, generator), random.Random(run.seed + 2)
     modules: dict[str, Any] = {"model": model, "optimizers": optimizers}
@@ -443,7 +444,7 @@ def joint(run: Run, total: int, batch: int = 192) -> None:
             loss = sigmoid_loss(images, texts, model.logit_scale, model.logit_bias, positives=concept)
         optimizers.step(loss, progress)
         for group in calibration.param_groups:
-            group["lr"] = 2e-2 * (1.0 - progress)
+            group["lr"] = rate * (1.0 - progress)
         calibration.step()
         calibration.zero_grad()
         took(loss)
