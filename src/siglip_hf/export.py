@@ -237,11 +237,7 @@ def onnx_classifier(folder: str | os.PathLike[str], **options: Any) -> SiglipZer
             f"{folder} has no tokenizer or image processor; export a checkpoint folder, or with processor="
         )
 
-    class OnnxPipeline(SiglipZeroShotImageClassificationPipeline):
-        def check_model_type(self, supported_models: Any) -> None:
-            """Passes: the check goes by the names of transformers' own classes, and logs an error for any other."""
-
-    return OnnxPipeline(
+    return SiglipZeroShotImageClassificationPipeline(
         task="zero-shot-image-classification",
         model=model,
         tokenizer=AutoTokenizer.from_pretrained(folder),
@@ -289,8 +285,7 @@ class _TextTower(nn.Module):
         return torch.randint(text.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        # Not `encode_text`: its shortcut to the last position meets a mask that transformers makes when it is traced.
-        return _normalized(self.model.text_model(input_ids).pooler_output)
+        return _normalized(self.model.encode_text(input_ids, normalize=False))
 
 
 _TOWERS: dict[str, Any] = {"vision": _VisionTower, "text": _TextTower}

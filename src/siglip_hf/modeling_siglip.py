@@ -307,11 +307,11 @@ class SiglipTextModel(SiglipPreTrainedModel):
         self._resolve_attentions(kwargs)
 
         hidden_states = self.embeddings(input_ids, position_ids)  # (B, L, D)
-        mask_config = self.config
-        if attention_mask is not None and "attn_implementation" in kwargs:
+        mask = None
+        if attention_mask is not None:
             mask_config = copy.copy(self.config)
-            mask_config._attn_implementation = kwargs["attn_implementation"]
-        mask = create_bidirectional_mask(mask_config, hidden_states, attention_mask)
+            mask_config._attn_implementation = kwargs.get("attn_implementation", self.config._attn_implementation)
+            mask = create_bidirectional_mask(mask_config, hidden_states, attention_mask)
         hidden_states = self.encoder(hidden_states, mask, last_token_only=last_token_only, **kwargs)
         hidden_states = self.final_layer_norm(hidden_states)
         return BaseModelOutputWithPooling(

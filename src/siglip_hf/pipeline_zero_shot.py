@@ -81,6 +81,9 @@ class SiglipZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipel
         self._label_bank: LabelBank | None = None
         super().__init__(**kwargs)
 
+    def check_model_type(self, supported_models: Any) -> None:
+        """Passes: the base class compares names of classes, and would call wrappers (PEFT, ONNX) an error."""
+
     @property
     def label_bank(self) -> LabelBank:
         """The class embeddings known so far. A new model, tokenizer or device starts a new one."""

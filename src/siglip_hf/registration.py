@@ -107,8 +107,8 @@ def _register_siglip2_tokenizers(module: Any) -> None:
 
     for config_class in (Siglip2Config, Siglip2TextConfig):
         module.AutoTokenizer.register(config_class, tokenizer_class=Siglip2Tokenizer, exist_ok=True)
-    # Folders of SigLIP 2 at fixed resolution have model_type "siglip", and "GemmaTokenizer" for a class, which has to go
-    # on meaning Gemma's for Gemma models. So for SigLIP's model types transformers is told to distrust that name and to
+    # Folders of SigLIP 2 at fixed resolution have model_type "siglip", and "GemmaTokenizer" for a class, which has to
+    # go on meaning Gemma's for Gemma models. So for SigLIP's model types transformers is told to distrust that name and to
     # use the type's own class; what it gets under that class's name looks into the folder.
     module.REGISTERED_FAST_ALIASES["SiglipTokenizer"] = SiglipTokenizerOfFolder
     for model_type, name in (
