@@ -7,7 +7,7 @@ configurations. Field names and defaults are those of the published `config.json
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 
@@ -17,7 +17,6 @@ from siglip_hf.configuration_siglip import (
     SiglipTextConfig,
     SiglipVisionConfig,
     _SiglipTowerConfig,
-    as_pair,
 )
 
 
@@ -38,7 +37,7 @@ class Siglip2VisionConfig(_SiglipTowerConfig):
         num_hidden_layers: Number of Transformer blocks.
         num_attention_heads: Number of heads H; D must be a multiple of it.
         num_channels: Channels of the picture.
-        patch_size: Height and width of a patch in pixels: one number, or `(height, width)`.
+        patch_size: Side of a patch in pixels.
         num_patches: Positions learned, a square grid of them; they are resized to each picture's grid. It does not
             bound the number of patches of a picture: that is `max_num_patches` of the image processor.
         hidden_act: Activation of the MLP.
@@ -54,7 +53,7 @@ class Siglip2VisionConfig(_SiglipTowerConfig):
     base_config_key = "vision_config"
 
     num_channels: int = 3
-    patch_size: int | list[int] | tuple[int, int] = 16
+    patch_size: int = 16
     vision_use_head: bool = True
     num_patches: int = 256
 
@@ -67,11 +66,11 @@ class Siglip2VisionConfig(_SiglipTowerConfig):
     @property
     def patch_values(self) -> int:
         """Numbers P in a patch: pixels times channels."""
-        return math.prod(as_pair(self.patch_size)) * self.num_channels
+        return self.patch_size**2 * self.num_channels
 
     def _check(self) -> None:
         super()._check()
-        if min(as_pair(self.patch_size)) < 1:
+        if self.patch_size < 1:
             raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
         if self.num_patches < 1 or math.prod(self.patch_grid) != self.num_patches:
             raise ValueError(f"num_patches must be a square number (of a square grid), got {self.num_patches}")
@@ -91,7 +90,7 @@ class Siglip2Config(SiglipConfig):
     """
 
     model_type = "siglip2"
-    sub_configs_defaults = {  # noqa: RUF012
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
         "text_config": Siglip2TextConfig,
         "vision_config": Siglip2VisionConfig,
     }

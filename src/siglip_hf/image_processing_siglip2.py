@@ -106,7 +106,7 @@ class Siglip2ImageProcessorBase(SiglipImageProcessorBase):
         """
         return super().preprocess(images, **kwargs)
 
-    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]
         for name in ("do_center_crop", "do_pad"):
             if kwargs.get(name):
                 raise ValueError(f"{name}=True: a NaFlex picture is neither cropped nor padded to a size; leave it out")

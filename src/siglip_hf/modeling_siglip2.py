@@ -19,7 +19,6 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from siglip_hf.checkpoint_kind import refuse_other_kind
-from siglip_hf.configuration_siglip import as_pair
 from siglip_hf.configuration_siglip2 import Siglip2Config, Siglip2TextConfig, Siglip2VisionConfig
 from siglip_hf.layers import SiglipEncoder
 from siglip_hf.loss import sigmoid_loss
@@ -98,7 +97,7 @@ class Siglip2VisionEmbeddings(nn.Module):
 class Siglip2AttentionPoolingHead(SiglipAttentionPoolingHead):
     """SigLIP's pooling head, which looks at a picture's own patches and not at its padding."""
 
-    config: Siglip2VisionConfig
+    config: Siglip2VisionConfig  # type: ignore[assignment]
 
     def forward(  # type: ignore[override]
         self,
@@ -115,7 +114,7 @@ class Siglip2AttentionPoolingHead(SiglipAttentionPoolingHead):
         """
         probe = self.probe.expand(hidden_states.shape[0], -1, -1)  # (B, 1, D)
         config = with_attention(self.config, attn_implementation)
-        mask = create_bidirectional_mask(config, probe, attention_mask, encoder_hidden_states=hidden_states)
+        mask: Any = create_bidirectional_mask(config, probe, attention_mask, encoder_hidden_states=hidden_states)
         pooled, weights = self.attention._attend(probe, hidden_states, mask, attn_implementation)
         pooled = pooled + self.mlp(self.layernorm(pooled))
         return pooled[:, 0], weights
@@ -124,22 +123,22 @@ class Siglip2AttentionPoolingHead(SiglipAttentionPoolingHead):
 class Siglip2TextModel(SiglipTextModel, Siglip2PreTrainedModel):
     """The text tower: SigLIP's, under the type that NaFlex configurations name."""
 
-    config: Siglip2TextConfig
+    config: Siglip2TextConfig  # type: ignore[assignment]
 
 
 class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
     """The NaFlex vision tower, also for use inside vision-language models."""
 
-    config: Siglip2VisionConfig
+    config: Siglip2VisionConfig  # type: ignore[assignment]
 
     def __init__(self, config: Siglip2VisionConfig):
         super(SiglipVisionModel, self).__init__(config)  # past the class that makes embeddings of one picture size
-        self.embeddings = Siglip2VisionEmbeddings(config)
-        self.encoder = SiglipEncoder(config)
+        self.embeddings = Siglip2VisionEmbeddings(config)  # type: ignore[assignment]
+        self.encoder = SiglipEncoder(config)  # type: ignore[arg-type]
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.use_head = config.vision_use_head
         if self.use_head:
-            self.head = Siglip2AttentionPoolingHead(config)
+            self.head = Siglip2AttentionPoolingHead(config)  # type: ignore[arg-type]
         self.post_init()
 
     @merge_with_config_defaults
@@ -221,12 +220,12 @@ class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
                 "the NaFlex vision tower needs pixel_values (B, N, P) and spatial_shapes (B, 2), as "
                 "Siglip2ImageProcessor makes them"
             )
-        values, sides = self.config.patch_values, as_pair(self.config.patch_size)
+        values, side = self.config.patch_values, self.config.patch_size
         if pixel_values.ndim != 3 or pixel_values.shape[-1] != values:
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}, but this model takes patches (B, N, {values}): "
-                f"{sides[0]}x{sides[1]} pixels of {self.config.num_channels} channels. Use Siglip2ImageProcessor with "
-                f"patch_size={self.config.patch_size}"
+                f"{side}x{side} pixels of {self.config.num_channels} channels. Use Siglip2ImageProcessor with "
+                f"patch_size={side}"
             )
         if tuple(spatial_shapes.shape) != (pixel_values.shape[0], 2):
             raise ValueError(
@@ -324,10 +323,10 @@ class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
     ) -> torch.Tensor:
         from siglip_hf.image_processing_siglip2_fast import Siglip2ImageProcessorFast
 
-        vision_config = self.config.vision_config
-        budgets = vision_config.num_patches if max_num_patches is None else max_num_patches
-        processor = Siglip2ImageProcessorFast(patch_size=vision_config.patch_size, max_num_patches=budgets)
-        inputs = processor(pictures, return_tensors="pt")
+        config = self.vision_model.config
+        budgets = config.num_patches if max_num_patches is None else max_num_patches
+        processor = Siglip2ImageProcessorFast(patch_size=config.patch_size, max_num_patches=budgets)
+        inputs = processor.preprocess(pictures, return_tensors="pt")
         counts = inputs["spatial_shapes"].prod(dim=-1)  # (M,)
         order = counts.argsort(descending=True, stable=True)
         device = self.vision_model.embeddings.patch_embedding.weight.device
@@ -436,7 +435,7 @@ class Siglip2ForImageClassification(SiglipForImageClassification, Siglip2PreTrai
 
     def __init__(self, config: Siglip2Config | Siglip2VisionConfig):
         super(SiglipForImageClassification, self).__init__(config)  # past the class that makes a tower of one size
-        vision_config = config.vision_config if isinstance(config, Siglip2Config) else config
+        vision_config: Any = config.vision_config if isinstance(config, Siglip2Config) else config
         self.num_labels = config.num_labels or 0
         self.vision_model = Siglip2VisionModel._from_config(vision_config)
         if self.vision_model.use_head:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from .configuration_siglip import as_pair
 from .processing_siglip import SiglipProcessor
 
 
@@ -48,7 +47,7 @@ class Siglip2Processor(SiglipProcessor):
             )
         super().check_fits(model_or_config, **kwargs)
         patch_size = getattr(vision, "patch_size", None)
-        if patch_size is not None and as_pair(patch_size) != as_pair(self.image_processor.patch_size):
+        if patch_size is not None and patch_size != self.image_processor.patch_size:
             raise ValueError(
                 f"The image processor's patch_size is {self.image_processor.patch_size}, but the model's is "
                 f"{patch_size}. Set processor.image_processor.patch_size = {patch_size}."
