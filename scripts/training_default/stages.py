@@ -401,7 +401,7 @@ def locked(run: Run, total: int, batch: int = 192) -> None:
     # A concept's vector is now the mean of its pictures; where none may be seen, the words' own.
     run.table = torch.where(trained[:, None], F.normalize(sums, dim=-1), run.table)
     text, scale = run.model.text_model, Scale(15.0, -8.0)
-    optimizers = Optimizers([text], [*scale.parameters()], muon_lr=2e-3, adamw_lr=2e-3, weight_decay=0.01)
+    optimizers = Optimizers([text], [*scale.parameters()], muon_lr=4e-3, adamw_lr=3e-3, weight_decay=0.01)
     modules = {"text": text, "scale": scale, "optimizers": optimizers}
     source = random.Random(run.seed + 1)
     for progress, took in Progress(run, "locked", total, modules, check=lambda: validate(run)).steps(batch):
