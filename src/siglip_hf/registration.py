@@ -20,96 +20,55 @@ _AUTO = "transformers.models.auto."
 
 
 def _register_configs(module: Any) -> None:
-    from siglip_hf import configuration_siglip as configuration
+    from siglip_hf import configuration_siglip as first
+    from siglip_hf import configuration_siglip2 as second
 
     for config_class in (
-        configuration.SiglipConfig,
-        configuration.SiglipTextConfig,
-        configuration.SiglipVisionConfig,
-    ):
-        module.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-
-
-def _register_siglip2_configs(module: Any) -> None:
-    from siglip_hf import configuration_siglip2 as configuration
-
-    for config_class in (
-        configuration.Siglip2Config,
-        configuration.Siglip2TextConfig,
-        configuration.Siglip2VisionConfig,
+        first.SiglipConfig,
+        first.SiglipTextConfig,
+        first.SiglipVisionConfig,
+        second.Siglip2Config,
+        second.Siglip2TextConfig,
+        second.Siglip2VisionConfig,
     ):
         module.AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
 
 
 def _register_models(module: Any) -> None:
-    from siglip_hf import configuration_siglip as configuration
-    from siglip_hf import modeling_siglip as modeling
+    from siglip_hf import modeling_siglip as first
+    from siglip_hf import modeling_siglip2 as second
 
-    joint, text, vision = (
-        configuration.SiglipConfig,
-        configuration.SiglipTextConfig,
-        configuration.SiglipVisionConfig,
-    )
-    for auto_class, config_class, model_class in (
-        (module.AutoModel, joint, modeling.SiglipModel),
-        (module.AutoModel, text, modeling.SiglipTextModel),
-        (module.AutoModel, vision, modeling.SiglipVisionModel),
-        (module.AutoModelForZeroShotImageClassification, joint, modeling.SiglipModel),
-        (module.AutoModelForImageClassification, joint, modeling.SiglipForImageClassification),
+    for joint, text, vision, classifier in (
+        (first.SiglipModel, first.SiglipTextModel, first.SiglipVisionModel, first.SiglipForImageClassification),
+        (second.Siglip2Model, second.Siglip2TextModel, second.Siglip2VisionModel, second.Siglip2ForImageClassification),
     ):
-        auto_class.register(config_class, model_class, exist_ok=True)
-    # The classifier also takes a vision-only configuration, which `AutoModelFor...register` would refuse: it wants
-    # one configuration class per model class.
-    module.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(
-        vision, modeling.SiglipForImageClassification, exist_ok=True
-    )
-
-
-def _register_siglip2_models(module: Any) -> None:
-    from siglip_hf import configuration_siglip2 as configuration
-    from siglip_hf import modeling_siglip2 as modeling
-
-    joint, text, vision = (
-        configuration.Siglip2Config,
-        configuration.Siglip2TextConfig,
-        configuration.Siglip2VisionConfig,
-    )
-    for auto_class, config_class, model_class in (
-        (module.AutoModel, joint, modeling.Siglip2Model),
-        (module.AutoModel, text, modeling.Siglip2TextModel),
-        (module.AutoModel, vision, modeling.Siglip2VisionModel),
-        (module.AutoModelForZeroShotImageClassification, joint, modeling.Siglip2Model),
-        (module.AutoModelForImageClassification, joint, modeling.Siglip2ForImageClassification),
-    ):
-        auto_class.register(config_class, model_class, exist_ok=True)
-    module.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(
-        vision, modeling.Siglip2ForImageClassification, exist_ok=True
-    )
+        for mapping, model_class in (
+            (module.MODEL_MAPPING, joint),
+            (module.MODEL_MAPPING, text),
+            (module.MODEL_MAPPING, vision),
+            (module.MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING, joint),
+            (module.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, classifier),
+        ):
+            mapping.register(model_class.config_class, model_class, exist_ok=True)
+        # The classifier also takes a vision-only configuration.
+        module.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(vision.config_class, classifier, exist_ok=True)
 
 
 def _register_tokenizers(module: Any) -> None:
     from siglip_hf.configuration_siglip import SiglipConfig, SiglipTextConfig
+    from siglip_hf.configuration_siglip2 import Siglip2Config, Siglip2TextConfig
     from siglip_hf.tokenization_siglip import SiglipTokenizer
+    from siglip_hf.tokenization_siglip2 import Siglip2Tokenizer, SiglipTokenizerOfFolder
     from siglip_hf.tokenization_siglip_fast import SiglipTokenizerFast
 
+    slow_and_fast = {"slow_tokenizer_class": SiglipTokenizer, "fast_tokenizer_class": SiglipTokenizerFast}
     for config_class in (SiglipConfig, SiglipTextConfig):
-        module.AutoTokenizer.register(
-            config_class,
-            slow_tokenizer_class=SiglipTokenizer,
-            fast_tokenizer_class=SiglipTokenizerFast,
-            exist_ok=True,
-        )
-
-
-def _register_siglip2_tokenizers(module: Any) -> None:
-    from siglip_hf.configuration_siglip2 import Siglip2Config, Siglip2TextConfig
-    from siglip_hf.tokenization_siglip2 import Siglip2Tokenizer, SiglipTokenizerOfFolder
-
+        module.AutoTokenizer.register(config_class, **slow_and_fast, exist_ok=True)
     for config_class in (Siglip2Config, Siglip2TextConfig):
         module.AutoTokenizer.register(config_class, tokenizer_class=Siglip2Tokenizer, exist_ok=True)
     # Folders of SigLIP 2 at fixed resolution have model_type "siglip", and "GemmaTokenizer" for a class, which has to
-    # go on meaning Gemma's for Gemma models. So for SigLIP's model types transformers is told to distrust that name and to
-    # use the type's own class; what it gets under that class's name looks into the folder.
+    # go on meaning Gemma's for Gemma models. So for SigLIP's model types transformers is told to distrust that name
+    # and to use the type's own class; what it gets under that class's name looks into the folder.
     module.REGISTERED_FAST_ALIASES["SiglipTokenizer"] = SiglipTokenizerOfFolder
     for model_type, name in (
         ("siglip", "SiglipTokenizer"),
@@ -123,61 +82,40 @@ def _register_siglip2_tokenizers(module: Any) -> None:
 
 def _register_image_processors(module: Any) -> None:
     from siglip_hf.configuration_siglip import SiglipConfig, SiglipVisionConfig
-    from siglip_hf.image_processing_siglip import SiglipImageProcessor
-    from siglip_hf.image_processing_siglip_fast import SiglipImageProcessorFast
-
-    for config_class in (SiglipConfig, SiglipVisionConfig):
-        module.AutoImageProcessor.register(
-            config_class,
-            # transformers calls its fast backend "torchvision"; ours needs torch alone.
-            image_processor_classes={"pil": SiglipImageProcessor, "torchvision": SiglipImageProcessorFast},
-            exist_ok=True,
-        )
-
-
-def _register_siglip2_image_processors(module: Any) -> None:
     from siglip_hf.configuration_siglip2 import Siglip2Config, Siglip2VisionConfig
+    from siglip_hf.image_processing_siglip import SiglipImageProcessor
     from siglip_hf.image_processing_siglip2 import Siglip2ImageProcessor
     from siglip_hf.image_processing_siglip2_fast import Siglip2ImageProcessorFast
+    from siglip_hf.image_processing_siglip_fast import SiglipImageProcessorFast
 
-    for config_class in (Siglip2Config, Siglip2VisionConfig):
-        module.AutoImageProcessor.register(
-            config_class,
-            image_processor_classes={"pil": Siglip2ImageProcessor, "torchvision": Siglip2ImageProcessorFast},
-            exist_ok=True,
-        )
+    for config_class, slow, fast in (
+        (SiglipConfig, SiglipImageProcessor, SiglipImageProcessorFast),
+        (SiglipVisionConfig, SiglipImageProcessor, SiglipImageProcessorFast),
+        (Siglip2Config, Siglip2ImageProcessor, Siglip2ImageProcessorFast),
+        (Siglip2VisionConfig, Siglip2ImageProcessor, Siglip2ImageProcessorFast),
+    ):
+        # transformers calls its fast backend "torchvision"; ours needs torch alone. `AutoImageProcessor.register`
+        # would first load what it replaces, and warn that this needs torchvision.
+        module.IMAGE_PROCESSOR_MAPPING.register(config_class, {"pil": slow, "torchvision": fast}, exist_ok=True)
 
 
 def _register_processors(module: Any) -> None:
     from siglip_hf.configuration_siglip import SiglipConfig
-    from siglip_hf.processing_siglip import SiglipProcessor
-
-    # A class named in processor_config.json is looked up among the built-in names first, and only then among the
-    # registered classes; so the built-in name has to go for ours to be found.
-    module.PROCESSOR_MAPPING_NAMES.pop("siglip", None)
-    module.AutoProcessor.register(SiglipConfig, SiglipProcessor, exist_ok=True)
-
-
-def _register_siglip2_processors(module: Any) -> None:
     from siglip_hf.configuration_siglip2 import Siglip2Config
+    from siglip_hf.processing_siglip import SiglipProcessor
     from siglip_hf.processing_siglip2 import Siglip2Processor
 
-    module.PROCESSOR_MAPPING_NAMES.pop("siglip2", None)
-    module.AutoProcessor.register(Siglip2Config, Siglip2Processor, exist_ok=True)
+    for config_class, processor_class in ((SiglipConfig, SiglipProcessor), (Siglip2Config, Siglip2Processor)):
+        # A class named in processor_config.json is looked up among the built-in names first, and only then among the
+        # registered classes; so the built-in name has to go for ours to be found.
+        module.PROCESSOR_MAPPING_NAMES.pop(config_class.model_type, None)
+        module.AutoProcessor.register(config_class, processor_class, exist_ok=True)
 
 
 def _register_pipelines(module: Any) -> None:
     task = module.PIPELINE_REGISTRY.supported_tasks["zero-shot-image-classification"]
     # A dotted path: transformers imports it when a pipeline of this task is made.
     task["impl"] = "siglip_hf.pipeline_zero_shot.SiglipZeroShotImageClassificationPipeline"
-
-
-def _in_turn(*registrars: Callable[[Any], None]) -> Callable[[Any], None]:
-    def register_all(module: Any) -> None:
-        for registrar in registrars:
-            registrar(module)
-
-    return register_all
 
 
 def _register_lora_targets(module: Any) -> None:
@@ -206,11 +144,11 @@ def _register_lora_check(module: Any) -> None:
 
 
 _REGISTRARS: dict[str, Callable[[Any], None]] = {
-    f"{_AUTO}configuration_auto": _in_turn(_register_configs, _register_siglip2_configs),
-    f"{_AUTO}modeling_auto": _in_turn(_register_models, _register_siglip2_models),
-    f"{_AUTO}tokenization_auto": _in_turn(_register_tokenizers, _register_siglip2_tokenizers),
-    f"{_AUTO}image_processing_auto": _in_turn(_register_image_processors, _register_siglip2_image_processors),
-    f"{_AUTO}processing_auto": _in_turn(_register_processors, _register_siglip2_processors),
+    f"{_AUTO}configuration_auto": _register_configs,
+    f"{_AUTO}modeling_auto": _register_models,
+    f"{_AUTO}tokenization_auto": _register_tokenizers,
+    f"{_AUTO}image_processing_auto": _register_image_processors,
+    f"{_AUTO}processing_auto": _register_processors,
     "transformers.pipelines": _register_pipelines,
     "peft.utils.constants": _register_lora_targets,
     "peft.tuners.tuners_utils": _register_lora_check,
