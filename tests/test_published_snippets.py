@@ -1,0 +1,108 @@
+"""The snippets of the published SigLIP page, word for word after `import siglip_hf`, on the embedded checkpoint.
+
+Replaced are only what the network would give: the name of the checkpoint (its folder) and the picture (a fixture); and
+`device=0`, which needs a GPU.
+"""
+
+import io
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+import siglip_hf
+
+PICTURE = Path(__file__).parent / "fixtures" / "pictures" / "cat.png"
+
+PIPELINE = """
+import torch
+from transformers import pipeline
+
+image = "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/pipeline-cat-chonk.jpeg"
+candidate_labels = ["a cat", "a rocket", "a pizza"]
+
+pipeline = pipeline(task="zero-shot-image-classification", model="google/siglip-base-patch16-224", device="cpu", dtype=torch.bfloat16)
+result = pipeline(image, candidate_labels=candidate_labels)
+"""
+
+AUTO_MODEL = """
+import torch
+import requests
+from PIL import Image
+from transformers import AutoProcessor, AutoModel
+
+model = AutoModel.from_pretrained("google/siglip-base-patch16-224", dtype=torch.float16, device_map="auto", attn_implementation="sdpa")
+processor = AutoProcessor.from_pretrained("google/siglip-base-patch16-224")
+
+url = "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/pipeline-cat-chonk.jpeg"
+image = Image.open(requests.get(url, stream=True).raw)
+candidate_labels = ["a cat", "a rocket", "a pizza"]
+texts = [f'This is a photo of {label}.' for label in candidate_labels]
+inputs = processor(text=texts, images=image, padding="max_length", return_tensors="pt").to(model.device)
+
+with torch.no_grad():
+    outputs = model(**inputs)
+
+logits_per_image = outputs.logits_per_image
+probs = torch.sigmoid(logits_per_image)
+print(f"{probs[0][0]:.1%} that image 0 is '{candidate_labels[0]}'")
+"""
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Runs a snippet and returns its variables."""
+    requests = types.ModuleType("requests")
+    requests.get = lambda url, stream: types.SimpleNamespace(raw=io.BytesIO(PICTURE.read_bytes()))
+    monkeypatch.setitem(sys.modules, "requests", requests)
+
+    def execute(snippet: str) -> dict:
+        code = snippet.replace("google/siglip-base-patch16-224", siglip_hf.default_checkpoint())
+        if "requests" not in code:
+            code = code.replace(code.split('image = "')[1].split('"')[0], str(PICTURE))
+        variables: dict = {}
+        exec(compile(code, "snippet", "exec"), variables)
+        return variables
+
+    return execute
+
+
+def test_pipeline_snippet(run):
+    result = run(PIPELINE)["result"]
+    assert [set(entry) for entry in result] == [{"score", "label"}] * 3
+    scores = [entry["score"] for entry in result]
+    assert scores == sorted(scores, reverse=True)
+    assert all(0 <= score <= 1 for score in scores)
+    assert result[0]["label"] == "a cat"
+
+
+def test_auto_model_snippet(run, capsys):
+    variables = run(AUTO_MODEL)
+    assert type(variables["model"]).__module__ == "siglip_hf.modeling_siglip"
+    assert type(variables["processor"]).__module__ == "siglip_hf.processing_siglip"
+    assert set(variables["inputs"]) == {"input_ids", "pixel_values"}
+    probs = variables["probs"]
+    assert probs.shape == (1, 3)
+    assert probs[0].argmax() == 0
+    assert capsys.readouterr().out.endswith("that image 0 is 'a cat'\n")
+
+
+def test_both_snippets_give_the_same_scores(run):
+    by_pipeline = {entry["label"]: entry["score"] for entry in run(PIPELINE)["result"]}
+    variables = run(AUTO_MODEL)
+    for label, probability in zip(variables["candidate_labels"], variables["probs"][0].tolist(), strict=True):
+        assert by_pipeline[label] == pytest.approx(probability, abs=0.02)  # bfloat16 against float16
+
+
+def test_get_features_and_encode(run):
+    """`get_*_features` follow the installed transformers; `encode_*` are tensors in every version."""
+    variables = run(AUTO_MODEL)
+    model, inputs = variables["model"], variables["inputs"]
+    with torch.no_grad():
+        features = model.get_image_features(pixel_values=inputs["pixel_values"]).pooler_output
+        image, text = model.encode_image(inputs["pixel_values"]), model.encode_text(inputs["input_ids"])
+        torch.testing.assert_close(image, features / features.norm(dim=-1, keepdim=True))
+        logits = image @ text.T * model.logit_scale.exp() + model.logit_bias
+    torch.testing.assert_close(logits, variables["logits_per_image"], atol=0.05, rtol=0)
