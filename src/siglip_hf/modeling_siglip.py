@@ -555,6 +555,8 @@ class SiglipForImageClassification(SiglipPreTrainedModel):
 
     config: SiglipConfig
     input_modalities = ("image",)
+    # The weights of a vision-only checkpoint, which has no such prefix, belong below it.
+    base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
 
     def __init__(self, config: SiglipConfig | SiglipVisionConfig):
