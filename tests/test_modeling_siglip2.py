@@ -288,14 +288,35 @@ def test_one_graph_for_all_batch_sizes_and_aspect_ratios(one_block):
     assert counter.frame_count == 1
 
 
-def test_exports_with_a_dynamic_batch(one_block):
+@pytest.fixture(scope="module")
+def program(one_block) -> torch.export.ExportedProgram:
+    """The tower with a dynamic batch size and number of patches."""
     batch, length = torch.export.Dim("batch", min=1, max=64), torch.export.Dim("length", min=1, max=1024)
-    inputs = tiny_pictures()
     sizes = {0: batch, 1: length}
     shapes = {"pixel_values": sizes, "pixel_attention_mask": sizes, "spatial_shapes": {0: batch}}
-    program = torch.export.export(one_block, (), kwargs=inputs, dynamic_shapes=shapes, strict=False).module()
-    for other in (inputs, tiny_pictures(((5, 2), (2, 3), (1, 1)), length=12)):
-        close(program(**other).pooler_output, one_block(**other).pooler_output)
+    return torch.export.export(one_block, (), kwargs=tiny_pictures(), dynamic_shapes=shapes, strict=False)
+
+
+OTHER_BATCHES = ({}, {"shapes": ((5, 2), (2, 3), (1, 1)), "length": 12})
+
+
+def test_exports_with_a_dynamic_batch(one_block, program):
+    module = program.module()
+    for other in OTHER_BATCHES:
+        inputs = tiny_pictures(**other)
+        close(module(**inputs).pooler_output, one_block(**inputs).pooler_output)
+
+
+@pytest.mark.slow  # half a minute; see `make help`
+def test_onnx_has_a_dynamic_batch(one_block, program, tmp_path):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.onnx.export(program, (), tmp_path / "vision.onnx", kwargs=tiny_pictures(), dynamo=True, verbose=False)
+    session = onnxruntime.InferenceSession(tmp_path / "vision.onnx")
+    for other in OTHER_BATCHES:
+        inputs = tiny_pictures(**other)
+        outputs = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+        close(torch.from_numpy(outputs[1]), one_block(**inputs).pooler_output)
 
 
 # Loading and saving
