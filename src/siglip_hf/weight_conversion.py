@@ -105,7 +105,7 @@ class ResizePositions(ConversionOps):
     """
 
     @torch.no_grad()
-    def convert(
+    def convert(  # type: ignore[override]
         self,
         input_dict: dict[str, Any],
         source_patterns: list[str],
