@@ -404,7 +404,8 @@ def run_rows() -> list[dict[str, str]]:
                 result, detail = "wrong", str(error)
             except Exception as error:
                 lines = str(error).strip().splitlines() or [""]
-                result, detail = "fails", f"{type(error).__name__}: {lines[0][:100]}"
+                detail = f"{type(error).__name__}: {lines[0].split('. ')[0]}".replace("`", "'").strip(": ")
+                result, detail = "fails", detail if len(detail) < 100 else f"{detail[:97]}..."
         results.append({"area": area, "title": title, "result": result, "detail": detail})
     return results
 

@@ -69,7 +69,7 @@ def test_saved_models_load_in_stock_transformers(folder, loaded):
 @pytest.mark.parametrize("name", WITH_OUR_TOWER)
 def test_made_from_a_configuration(name):
     """A new model trains: its loss reaches the tower's first layer."""
-    model = AutoModelForImageTextToText.from_config(vision_language.configurations()[name])
+    model = tiny.randomize(AutoModelForImageTextToText.from_config(vision_language.configurations()[name]))
     inputs = vision_language.inputs_for(name)
     model(**inputs, labels=inputs["input_ids"]).loss.backward()
     (tower,) = (module for module in model.modules() if isinstance(module, siglip_hf.SiglipVisionModel))
