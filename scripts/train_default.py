@@ -74,7 +74,7 @@ def main() -> int:
     parser.add_argument("--words", type=int, default=150_000, help="texts of stage 1 (default: %(default)s)")
     parser.add_argument("--pictures", type=int, default=400_000, help="pictures of stage 2 (default: %(default)s)")
     parser.add_argument("--locked", type=int, default=200_000, help="texts of stage 3 (default: %(default)s)")
-    parser.add_argument("--joint", type=int, default=10_000, help="pairs of stage 4 (default: %(default)s)")
+    parser.add_argument("--joint", type=int, default=60_000, help="pairs of stage 4 (default: %(default)s)")
     arguments = parser.parse_args()
     try:
         run = prepare(arguments.data, arguments.run, arguments.seed)

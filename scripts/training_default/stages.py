@@ -172,7 +172,7 @@ class Progress:
     run: Run
     stage: str
     total: int
-    modules: dict[str, nn.Module | Optimizers]
+    modules: dict[str, Any]
     every: int = 60  # seconds between lines of the learning curve
     check: Callable[[], dict[str, float]] = dict
 
@@ -427,12 +427,12 @@ def joint(run: Run, total: int, batch: int = 192) -> None:
             model.logit_bias.fill_(-10.0)
     others = [model.logit_scale, model.logit_bias]
     towers = [model.vision_model, model.text_model]
-    optimizers = Optimizers(towers, [], muon_lr=3e-4, adamw_lr=1e-4, weight_decay=0.0)
+    optimizers = Optimizers(towers, [], muon_lr=1e-3, adamw_lr=4e-4, weight_decay=0.0)
     rate = 5e-2  # scale and bias have far to go, the towers hardly
     calibration = torch.optim.Adam(others, lr=rate)
     generator = torch.Generator().manual_seed(run.seed + 2)
     augment, source = Augmenter(run.image_size, generator), random.Random(run.seed + 2)
-    modules: dict[str, Any] = {"model": model, "optimizers": optimizers}
+    modules: dict[str, Any] = {"model": model, "optimizers": optimizers, "calibration": calibration}
     for progress, took in Progress(run, "joint", total, modules, check=lambda: validate(run)).steps(batch):
         chosen = torch.randint(len(run.train), (batch,), generator=generator)
         concept = run.train.concept[chosen]
