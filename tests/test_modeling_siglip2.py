@@ -347,6 +347,15 @@ def test_auto_classes_use_ours(model, tmp_path):
     assert type(AutoModel.from_pretrained(tmp_path / "text")) is Siglip2TextModel
 
 
+@pytest.mark.parametrize("name", ["SiglipModel", "SiglipVisionModel", "SiglipForImageClassification"])
+def test_naflex_weights_are_refused_by_fixed_resolution_classes(name, tmp_path):
+    siglip_hf.Siglip2Model(tiny_config()).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"NaFlex weights .*{name} is a fixed-resolution model.*load them with Siglip2"
+    ):
+        getattr(siglip_hf, name).from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("as_file", [True, False])
 def test_naflex_classes_refuse_fixed_resolution_weights(tmp_path, as_file):
     fixed = shaken(SiglipModel(tiny_fixed_config()))

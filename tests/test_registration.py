@@ -6,9 +6,9 @@ import textwrap
 
 import pytest
 import torch
-from tiny_checkpoint import write_tiny_checkpoint
 
 import siglip_hf
+from tiny_checkpoint import write_tiny_checkpoint
 
 
 def run_python(code: str, *arguments: str) -> str:

@@ -20,6 +20,7 @@ from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from siglip_hf.checkpoint_kind import refuse_other_kind
 from siglip_hf.configuration_siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConfig, as_pair
 from siglip_hf.layers import (
     SiglipAttention,
@@ -127,7 +128,8 @@ class SiglipPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """As in transformers, but a saved quantized model can be loaded whatever the quantizer, and saved again."""
+        """As in transformers, but NaFlex weights are refused, and quantized models can be loaded and saved again."""
+        refuse_other_kind(model, state_dict, checkpoint_files)
         drop_undotted_names(getattr(load_config.hf_quantizer, "metadata", {}))
         result = PreTrainedModel._load_pretrained_model(
             model, state_dict, checkpoint_files, load_config, *args, **kwargs

@@ -18,7 +18,6 @@ from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from siglip_hf.checkpoint_kind import refuse_other_kind
 from siglip_hf.configuration_siglip2 import Siglip2Config, Siglip2TextConfig, Siglip2VisionConfig
 from siglip_hf.layers import SiglipEncoder
 from siglip_hf.loss import sigmoid_loss
@@ -59,14 +58,6 @@ class Siglip2PreTrainedModel(SiglipPreTrainedModel):
             init.normal_(module.position_embedding.weight, std=module.config.hidden_size**-0.5)
         else:
             super()._init_weights(module)
-
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """As in SigLIP, after a look at what is to be loaded."""
-        refuse_other_kind(model, state_dict, checkpoint_files)
-        return SiglipPreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *args, **kwargs
-        )
 
 
 class Siglip2VisionEmbeddings(nn.Module):
