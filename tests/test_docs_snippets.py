@@ -1,19 +1,33 @@
 """Runs every Python snippet of README.md and docs/, so that what they say stays true.
 
 The snippets of a page share their names, in order. A snippet after the line `<!-- no-run -->` is not run: it needs the
-network, a GPU or much time. Published names ("google/siglip...") stand for the embedded checkpoint here.
+network, a GPU or much time. Published names stand for the embedded checkpoint here, or, where that is of another kind,
+for a tiny one of the kind; so do original weights and pictures.
 """
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import sentencepiece
+from PIL import Image
 
+import big_vision_reference
 import siglip_hf
+from tiny_gemma import write_gemma_tokenizer
+from tiny_siglip2 import NAFLEX_VISION
 
 ROOT = Path(__file__).parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPET = re.compile(r"(?P<mark><!-- no-run -->\s*)?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+# What a page needs beyond the package's own dependencies.
+NEEDS = {
+    "export": ["onnx", "onnxscript", "onnxruntime"],
+    "lora": ["bitsandbytes", "peft"],
+    "quantization": ["bitsandbytes", "torchao"],
+}
 
 
 def snippets(page: Path) -> list[tuple[int, str]]:
@@ -29,26 +43,55 @@ def snippets(page: Path) -> list[tuple[int, str]]:
 WITH_SNIPPETS = [page for page in PAGES if snippets(page)]
 
 
+def write_pictures(folder: Path) -> None:
+    """The pictures that pages name."""
+    for file in (FIXTURES / "pictures").glob("*.png"):
+        shutil.copy(file, folder)
+    for name, size in (("panorama.png", (240, 60)), ("page.png", (120, 170)), ("thumbnail.png", (40, 40))):
+        Image.open(FIXTURES / "pictures" / "cat.png").resize(size).save(folder / name)
+
+
+def write_original_weights(folder: Path) -> None:
+    """Weights in the original's format, tiny and random, and a vocabulary of their size."""
+    vocabulary = sentencepiece.SentencePieceProcessor(model_file=str(FIXTURES / "spiece.model")).vocab_size()
+    params = big_vision_reference.random_params(big_vision_reference.Sizes(vocabulary=vocabulary))
+    big_vision_reference.save(folder / "webli_en_b16_224.npz", params)
+    shutil.copy(FIXTURES / "spiece.model", folder / "c4_en.model")
+
+
+def write_naflex(folder: Path) -> None:
+    """A tiny NaFlex repository."""
+    write_gemma_tokenizer(folder, tokenizer_class="GemmaTokenizer")
+    text = {key: NAFLEX_VISION[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    text |= {"vocab_size": len(siglip_hf.Siglip2Tokenizer.from_pretrained(folder)), "pad_token_id": 0}
+    config = siglip_hf.Siglip2Config(text_config=text, vision_config=dict(NAFLEX_VISION))
+    siglip_hf.Siglip2Model(config).save_pretrained(folder)
+    siglip_hf.Siglip2ImageProcessor(patch_size=8).save_pretrained(folder)
+
+
 def test_there_are_snippets():
     names = {page.stem for page in WITH_SNIPPETS}
-    assert {"README", "quantization", "sharding", "lora", "vision_language_models"} <= names
+    assert {"README", "converting", "export", "lora", "quantization", "sharding", "vision_language_models"} <= names
 
 
 @pytest.mark.parametrize("page", WITH_SNIPPETS, ids=lambda page: page.stem)
 def test_snippets_run(page, tmp_path, monkeypatch):
-    for package, pages in {
-        "bitsandbytes": ("quantization", "lora"),
-        "torchao": ("quantization",),
-        "peft": ("lora",),
-    }.items():
-        if page.stem in pages:
-            pytest.importorskip(package)
-    # Pages name the repository's own pictures, and write files of theirs.
+    for package in NEEDS.get(page.stem, ()):
+        pytest.importorskip(package)
     (tmp_path / "tests").symlink_to(ROOT / "tests")
     monkeypatch.chdir(tmp_path)
-    checkpoint = siglip_hf.default_checkpoint()
+    write_pictures(tmp_path)
+    stand_ins = {
+        r"google/siglip[\w-]*naflex": tmp_path / "naflex",
+        r"google/siglip[\w-]*": siglip_hf.default_checkpoint(),
+    }
+    if "naflex" in page.read_text():
+        write_naflex(tmp_path / "naflex")
+    if ".npz" in page.read_text():
+        write_original_weights(tmp_path)
     names: dict = {"__name__": "__main__"}
     for line, code in snippets(page):
-        code = re.sub(r"google/siglip[\w-]*", checkpoint, code)
+        for published, local in stand_ins.items():
+            code = re.sub(published, str(local), code)
         # Blank lines in front, so that a traceback names the page's own lines.
         exec(compile("\n" * line + code, str(page), "exec"), names)

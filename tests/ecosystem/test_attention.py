@@ -11,8 +11,14 @@ import siglip_hf
 from . import tiny
 
 IMPLEMENTATIONS = ["eager", "sdpa", "flex_attention"]
-# flex_attention compiles itself and, on a CPU, has no backward pass.
 pytestmark = pytest.mark.filterwarnings("ignore:.*flex_attention called without torch.compile.*")
+
+
+@pytest.fixture(autouse=True)
+def without_compiling():
+    """flex_attention compiles itself, which takes a C++ compiler and long; its plain form has the same numbers."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @pytest.fixture
@@ -24,10 +30,7 @@ def model():
 def warnings_given(caplog):
     """Messages that the models log, from now on."""
     siglip_hf.modeling_siglip.logger.warning_once.cache_clear()
-    logger = logging.getLogger("siglip_hf.modeling_siglip")
-    logger.addHandler(caplog.handler)
-    yield lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    logger.removeHandler(caplog.handler)
+    return lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

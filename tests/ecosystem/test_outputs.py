@@ -18,6 +18,11 @@ def load(folder, way: str, flag: str, model_class: type = AutoModel) -> tuple[to
         return model_class.from_pretrained(folder, **{flag: True}), {}
     model = model_class.from_pretrained(folder)
     if way == "configuration":
+        if flag == "output_attentions":
+            # transformers refuses this setting, with the reason, under an implementation without weights.
+            with pytest.raises(ValueError, match="attn_implementation"):
+                model.config.output_attentions = True
+            model.set_attn_implementation("eager")
         setattr(model.config, flag, True)
         return model, {}
     if way == "argument over configuration":
