@@ -1,5 +1,9 @@
 """bitsandbytes in 4 and 8 bits, through transformers: what is quantized, what comes out, what a file holds."""
 
+import sys
+import types
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModel, AutoModelForImageClassification, BitsAndBytesConfig
@@ -125,3 +129,50 @@ def test_widths_that_fill_no_block(tmp_path):
     reference.save_pretrained(tmp_path)
     model = AutoModel.from_pretrained(tmp_path, quantization_config=CONFIGS["fp4"][0])
     assert cosines(model, reference).min() > 0.95
+
+
+PUBLISHED_SNIPPET = """
+import torch
+import requests
+from PIL import Image
+from transformers import AutoProcessor, AutoModel, BitsAndBytesConfig
+
+bnb_config = BitsAndBytesConfig(load_in_4bit=True)
+model = AutoModel.from_pretrained("google/siglip-large-patch16-384", quantization_config=bnb_config, device_map="auto", attn_implementation="sdpa")
+processor = AutoProcessor.from_pretrained("google/siglip-base-patch16-224")
+
+url = "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/pipeline-cat-chonk.jpeg"
+image = Image.open(requests.get(url, stream=True).raw)
+candidate_labels = ["a cat", "a rocket", "a pizza"]
+
+texts = [f'This is a photo of {label}.' for label in candidate_labels]
+
+inputs = processor(text=texts, images=image, padding="max_length", return_tensors="pt").to(model.device)
+
+with torch.no_grad():
+    outputs = model(**inputs)
+
+logits_per_image = outputs.logits_per_image
+probs = torch.sigmoid(logits_per_image)
+print(f"{probs[0][0]:.1%} that image 0 is '{candidate_labels[0]}'")
+"""  # noqa: E501
+
+
+def test_published_snippet_on_the_embedded_checkpoint(monkeypatch, capsys):
+    """As published; the labels are ours, and the names and the picture are what the network would have given."""
+    picture = Path(__file__).parents[1] / "fixtures" / "pictures" / "cat.png"
+    requests = types.SimpleNamespace(get=lambda url, stream: types.SimpleNamespace(raw=picture.open("rb")))
+    monkeypatch.setitem(sys.modules, "requests", requests)
+    code = PUBLISHED_SNIPPET
+    for name in ("google/siglip-large-patch16-384", "google/siglip-base-patch16-224"):
+        code = code.replace(name, siglip_hf.default_checkpoint())
+    names: dict = {}
+    exec(code, names)
+    assert "that image 0 is 'a cat'" in capsys.readouterr().out
+    assert tiny.linears(names["model"], bnb.nn.Linear4bit) == tiny.linears(names["model"])
+    # The 4-bit model ranks the labels as the one in full precision does.
+    with torch.no_grad():
+        model = AutoModel.from_pretrained(siglip_hf.default_checkpoint(), dtype=torch.float32)
+        expected = model(**names["inputs"]).logits_per_image
+    assert names["logits_per_image"].argsort().tolist() == expected.argsort().tolist()
+    assert expected.argmax() == 0
