@@ -8,7 +8,7 @@ configurations in google-research/big_vision.
 from __future__ import annotations
 
 import difflib
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers.configuration_utils import PreTrainedConfig
@@ -176,10 +176,14 @@ class SiglipConfig(_SiglipConfigMixin, PreTrainedConfig):
     """
 
     model_type = "siglip"
-    sub_configs_defaults = {"text_config": SiglipTextConfig, "vision_config": SiglipVisionConfig}  # noqa: RUF012
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "text_config": SiglipTextConfig,
+        "vision_config": SiglipVisionConfig,
+    }
 
-    text_config: dict | PreTrainedConfig | None = None
-    vision_config: dict | PreTrainedConfig | None = None
+    # A dict, a configuration or None on the way in, a configuration afterwards.
+    text_config: Any = None
+    vision_config: Any = None
     initializer_factor: float = 1.0
 
     def __post_init__(self, **kwargs):

@@ -64,7 +64,7 @@ class SiglipPreTrainedModel(PreTrainedModel):
 
     config: SiglipConfig
     base_model_prefix = "siglip"
-    input_modalities = ("image", "text")
+    input_modalities = ["image", "text"]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _no_split_modules = [  # noqa: RUF012
         "SiglipTextEmbeddings",
@@ -159,7 +159,7 @@ class SiglipVisionEmbeddings(SiglipPreTrainedModel):
     picture size) applies to this package's class only.
     """
 
-    config: SiglipVisionConfig
+    config: SiglipVisionConfig  # type: ignore[assignment]
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__(config)
@@ -236,7 +236,7 @@ class SiglipAttentionPoolingHead(SiglipPreTrainedModel):
     three projections) applies to this package's class only.
     """
 
-    config: SiglipVisionConfig
+    config: SiglipVisionConfig  # type: ignore[assignment]
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__(config)
@@ -259,8 +259,8 @@ class SiglipAttentionPoolingHead(SiglipPreTrainedModel):
 class SiglipTextModel(SiglipPreTrainedModel):
     """The text tower."""
 
-    config: SiglipTextConfig
-    input_modalities = ("text",)
+    config: SiglipTextConfig  # type: ignore[assignment]
+    input_modalities = ["text"]  # noqa: RUF012
     base_model_prefix = "text_model"
     main_input_name = "input_ids"
     _input_embed_layer = "token_embedding"
@@ -270,6 +270,7 @@ class SiglipTextModel(SiglipPreTrainedModel):
         self.embeddings = SiglipTextEmbeddings(config)
         self.encoder = SiglipEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        assert config.projection_size is not None  # the configuration fills it in
         self.head = nn.Linear(config.hidden_size, config.projection_size)
         self.post_init()
 
@@ -342,8 +343,8 @@ class SiglipTextModel(SiglipPreTrainedModel):
 class SiglipVisionModel(SiglipPreTrainedModel):
     """The vision tower, also for use inside vision-language models."""
 
-    config: SiglipVisionConfig
-    input_modalities = ("image",)
+    config: SiglipVisionConfig  # type: ignore[assignment]
+    input_modalities = ["image"]  # noqa: RUF012
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
     _input_embed_layer = "patch_embedding"
@@ -556,7 +557,7 @@ class SiglipForImageClassification(SiglipPreTrainedModel):
     """The vision tower with a linear layer on the mean of its tokens."""
 
     config: SiglipConfig
-    input_modalities = ("image",)
+    input_modalities = ["image"]  # noqa: RUF012
     # The weights of a vision-only checkpoint, which has no such prefix, belong below it.
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"

@@ -452,7 +452,7 @@ class SiglipTokenizer(SiglipTokenization, SentencePieceBackend):
         if not folder.is_dir():
             raise ValueError(f"{save_directory} is not a folder. Create it before saving a vocabulary.")
         path = folder / ((filename_prefix + "-" if filename_prefix else "") + VOCAB_FILES_NAMES["vocab_file"])
-        source = Path(self.vocab_file)
+        source = Path(str(self.vocab_file))
         # The file rather than the model: with `legacy=False` transformers changes the model it read.
         path.write_bytes(source.read_bytes() if source.is_file() else self.sp_model.serialized_model_proto())
         return (str(path),)
