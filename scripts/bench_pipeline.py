@@ -86,9 +86,11 @@ def main() -> None:
 def build(folder: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     """Both pipelines on the same random weights of base size."""
     torch.manual_seed(0)
-    siglip_hf.SiglipModel(siglip_hf.SiglipConfig()).save_pretrained(folder)
+    tokenizer = StockTokenizer(str(SPIECE), model_max_length=64)
+    # The size of the vocabulary costs memory, not time.
+    siglip_hf.SiglipModel(siglip_hf.SiglipConfig(text_config={"vocab_size": len(tokenizer)})).save_pretrained(folder)
     # Each class of ours saves what its stock namesake reads.
-    StockTokenizer(str(SPIECE), model_max_length=64).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     SiglipImageProcessorPil().save_pretrained(folder)
     stock = StockPipeline(
         model=StockModel.from_pretrained(folder, dtype=dtype).eval(),

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
-from transformers import pipeline
+from transformers import AutoTokenizer, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline as StockPipeline
 
@@ -509,3 +509,11 @@ def test_a_wrong_file_is_named(pipe, pictures, tmp_path):
     broken.write_bytes(encoded(pictures[0])[:100])
     with pytest.raises(PictureError, match=r"broken\.png"):
         pipe([pictures[0], str(broken)], LABELS)
+
+
+def test_a_foreign_tokenizer_is_refused(tmp_path):
+    """A tokenizer of another vocabulary would give wrong scores without an error."""
+    folder = write_tiny_checkpoint(tmp_path / "tiny")
+    foreign = AutoTokenizer.from_pretrained(siglip_hf.default_checkpoint())
+    with pytest.raises(ValueError, match=rf"tokenizer has {len(foreign)} tokens.*vocab_size is \d+"):
+        pipeline("zero-shot-image-classification", model=str(folder), tokenizer=foreign)

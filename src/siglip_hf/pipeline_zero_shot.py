@@ -17,6 +17,7 @@ from transformers.pipelines.zero_shot_image_classification import ZeroShotImageC
 
 from siglip_hf.image_intake import DEFAULT_TIMEOUT, load_picture, load_pictures
 from siglip_hf.label_bank import LabelBank, parse_labels, parse_templates
+from siglip_hf.processing_siglip import check_vocabulary
 
 DEFAULT_TEMPLATE = "This is a photo of {}."
 
@@ -80,6 +81,7 @@ class SiglipZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipel
             kwargs.pop(name, None)
         self._label_bank: LabelBank | None = None
         super().__init__(**kwargs)
+        check_vocabulary(self.tokenizer, self.model.config.text_config.vocab_size)
 
     def check_model_type(self, supported_models: Any) -> None:
         """Passes: the base class compares names of classes, and would call wrappers (PEFT, ONNX) an error."""

@@ -20,8 +20,23 @@ _MORE_TEXT_OPTIONS = {"split_special_tokens"}
 # In TextKwargs, for models whose texts contain placeholders for pictures.
 _NO_TEXT_OPTIONS = {"return_mm_token_type_ids", "return_text_replacement_offsets"}
 
-# A model's vocabulary may be rounded up to a multiple of this for speed; a larger difference means another tokenizer.
+# A model's vocabulary may be rounded up to a multiple of this for speed, and a tokenizer may hold reserved tokens that
+# no text contains (mC4's holds 100); a larger difference means another tokenizer.
 _VOCABULARY_ROUNDING = 128
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
+    """Makes sure that a tokenizer is that of a model: another one's ids mean other words, without any error.
+
+    Raises:
+        ValueError: naming both sizes, if they are too far apart.
+    """
+    tokens = len(tokenizer)
+    if abs(vocab_size - tokens) >= _VOCABULARY_ROUNDING:
+        raise ValueError(
+            f"The tokenizer has {tokens} tokens, but the model's vocab_size is {vocab_size}. "
+            "Load the tokenizer from the model's own checkpoint."
+        )
 
 
 class SiglipProcessor(ProcessorMixin):
@@ -124,12 +139,7 @@ class SiglipProcessor(ProcessorMixin):
         config = getattr(model_or_config, "config", model_or_config)
         text, vision = getattr(config, "text_config", config), getattr(config, "vision_config", config)
         if (vocab_size := getattr(text, "vocab_size", None)) is not None:
-            tokens = len(self.tokenizer)
-            if not 0 <= vocab_size - tokens < _VOCABULARY_ROUNDING:
-                raise ValueError(
-                    f"The tokenizer has {tokens} tokens, but the model's vocab_size is {vocab_size}. "
-                    "Load the tokenizer from the model's own checkpoint."
-                )
+            check_vocabulary(self.tokenizer, vocab_size)
         if (positions := getattr(text, "max_position_embeddings", None)) is not None:
             length = self.tokenizer.model_max_length
             if length != positions:
