@@ -368,6 +368,14 @@ def test_naflex_classes_refuse_fixed_resolution_weights(tmp_path, as_file):
         Siglip2VisionModel.from_pretrained(tmp_path)
 
 
+def test_return_dict_false_gives_the_same_tensors_in_order():
+    model = shaken(siglip_hf.Siglip2Model(tiny_config()))
+    inputs = {**tiny_pictures(), "input_ids": tiny_texts()}
+    output, values = model(**inputs), model(**inputs, return_dict=False)
+    torch.testing.assert_close(values[0], output.logits_per_image)
+    torch.testing.assert_close(values[3], output.image_embeds)
+
+
 # Mistakes
 
 

@@ -139,6 +139,12 @@ class SiglipPreTrainedModel(PreTrainedModel):
         keep_4bit_layout(model)
         return result
 
+    def _pass_on_output_flags(self, kwargs: dict[str, Any]) -> None:
+        """Makes what the joint configuration asks for reach the towers, which have configurations of their own."""
+        for flag in ("output_hidden_states", "output_attentions"):
+            if kwargs.get(flag) is None and getattr(self.config, flag):
+                kwargs[flag] = True
+
     def _resolve_attentions(self, kwargs: dict[str, Any]) -> bool:
         """Whether attention weights are wanted; if so, makes sure the blocks run an implementation that has them."""
         wanted = kwargs.get("output_attentions")
@@ -508,21 +514,31 @@ class SiglipModel(SiglipPreTrainedModel):
         Raises:
             ValueError: Without any input, and for a loss where images and texts are not as many.
         """
+        return self._compare(
+            {"pixel_values": pixel_values, "interpolate_pos_encoding": interpolate_pos_encoding},
+            {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids},
+            return_loss,
+            kwargs,
+        )
+
+    def _compare(
+        self, images: dict[str, Any], texts: dict[str, Any], return_loss: bool | None, kwargs: dict[str, Any]
+    ) -> SiglipOutput:
+        """The body of `forward`, given the inputs of each tower, of which NaFlex has others."""
+        input_ids, pixel_values = texts["input_ids"], images["pixel_values"]
         if input_ids is None and pixel_values is None:
-            raise ValueError("SiglipModel needs input_ids, pixel_values or both; got neither")
+            raise ValueError(f"{type(self).__name__} needs input_ids, pixel_values or both; got neither")
         if return_loss:
             self._check_pairs(input_ids, pixel_values)
-        for flag in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(flag) is None and getattr(self.config, flag):
-                kwargs[flag] = True
+        self._pass_on_output_flags(kwargs)
 
         vision_output = text_output = image_embeds = text_embeds = logits_per_text = loss = None
         if pixel_values is not None:
-            vision_output = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
+            vision_output = self.vision_model(**images, **kwargs)
             if vision_output.pooler_output is not None:
                 image_embeds = self._embeds(vision_output.pooler_output)
         if input_ids is not None:
-            text_output = self.text_model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+            text_output = self.text_model(**texts, **kwargs)
             text_embeds = self._embeds(text_output.pooler_output)
 
         if text_embeds is not None and image_embeds is not None:
@@ -608,13 +624,17 @@ class SiglipForImageClassification(SiglipPreTrainedModel):
         Returns:
             `loss` (scalar, with labels), `logits` (B, num_labels), `hidden_states`, `attentions`.
         """
-        for flag in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(flag) is None and getattr(self.config, flag):
-                kwargs[flag] = True
+        self._pass_on_output_flags(kwargs)
         outputs = self.vision_model(
             pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, pool=False, **kwargs
         )
-        logits = self.classifier(outputs.last_hidden_state.mean(dim=1))  # (B, num_labels)
+        return self._classify(outputs.last_hidden_state.mean(dim=1), labels, outputs)
+
+    def _classify(
+        self, features: torch.Tensor, labels: torch.Tensor | None, outputs: SiglipPoolingOutput
+    ) -> ImageClassifierOutput:
+        """Logits and, with labels, the loss of features (B, D)."""
+        logits = self.classifier(features)  # (B, num_labels)
         loss = None
         if labels is not None:
             if labels.ndim == 2 and self.num_labels > 1 and self.config.problem_type is None:

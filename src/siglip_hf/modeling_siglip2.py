@@ -20,7 +20,6 @@ from transformers.utils.output_capturing import capture_outputs
 
 from siglip_hf.configuration_siglip2 import Siglip2Config, Siglip2TextConfig, Siglip2VisionConfig
 from siglip_hf.layers import SiglipEncoder
-from siglip_hf.loss import sigmoid_loss
 from siglip_hf.modeling_outputs import SiglipOutput, SiglipPoolingOutput
 from siglip_hf.modeling_siglip import (
     SiglipAttentionPoolingHead,
@@ -386,37 +385,17 @@ class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
         Raises:
             ValueError: Without any input, and for a loss where images and texts are not as many.
         """
-        if input_ids is None and pixel_values is None:
-            raise ValueError("Siglip2Model needs input_ids, pixel_values or both; got neither")
-        if return_loss:
-            self._check_pairs(input_ids, pixel_values)
-        for flag in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(flag) is None and getattr(self.config, flag):
-                kwargs[flag] = True
-
-        output = SiglipOutput()
-        if pixel_values is not None:
-            output.vision_model_output = self.vision_model(
-                pixel_values, pixel_attention_mask, spatial_shapes, packed=packed, **kwargs
-            )
-            if output.vision_model_output.pooler_output is not None:
-                output.image_embeds = self._embeds(output.vision_model_output.pooler_output)
-        if input_ids is not None:
-            output.text_model_output = self.text_model(
-                input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs
-            )
-            output.text_embeds = self._embeds(output.text_model_output.pooler_output)
-
-        if output.text_embeds is not None and output.image_embeds is not None:
-            text_embeds = output.text_embeds
-            image_embeds, logit_scale, logit_bias = (
-                tensor.to(text_embeds.device) for tensor in (output.image_embeds, self.logit_scale, self.logit_bias)
-            )
-            output.logits_per_text = text_embeds @ image_embeds.t() * logit_scale.exp() + logit_bias  # (texts, images)
-            output.logits_per_image = output.logits_per_text.t()
-            if return_loss:
-                output.loss = sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
-        return output
+        return self._compare(
+            {
+                "pixel_values": pixel_values,
+                "pixel_attention_mask": pixel_attention_mask,
+                "spatial_shapes": spatial_shapes,
+                "packed": packed,
+            },
+            {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids},
+            return_loss,
+            kwargs,
+        )
 
 
 class Siglip2ForImageClassification(SiglipForImageClassification, Siglip2PreTrainedModel):
@@ -459,9 +438,7 @@ class Siglip2ForImageClassification(SiglipForImageClassification, Siglip2PreTrai
         Returns:
             `loss` (scalar, with labels), `logits` (B, num_labels), `hidden_states`, `attentions`.
         """
-        for flag in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(flag) is None and getattr(self.config, flag):
-                kwargs[flag] = True
+        self._pass_on_output_flags(kwargs)
         outputs = self.vision_model(
             pixel_values, pixel_attention_mask, spatial_shapes, pool=False, packed=packed, **kwargs
         )
@@ -470,17 +447,7 @@ class Siglip2ForImageClassification(SiglipForImageClassification, Siglip2PreTrai
             counts = spatial_shapes.prod(dim=-1, keepdim=True)  # type: ignore[union-attr]
             pixel_attention_mask = torch.arange(states.shape[1], device=counts.device) < counts
         mask = pixel_attention_mask.to(states.device, states.dtype).unsqueeze(-1)  # (B, N, 1)
-        logits = self.classifier((states * mask).sum(dim=1) / mask.sum(dim=1))  # (B, num_labels)
-        loss = None
-        if labels is not None:
-            if labels.ndim == 2 and self.num_labels > 1 and self.config.problem_type is None:
-                self.config.problem_type = "multi_label_classification"
-            if self.config.problem_type == "multi_label_classification":
-                labels = labels.to(logits.dtype)
-            loss = self.loss_function(labels, logits, self.config)
-        return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+        return self._classify((states * mask).sum(dim=1) / mask.sum(dim=1), labels, outputs)
 
 
 def with_attention(config: Siglip2VisionConfig, implementation: str | None) -> Siglip2VisionConfig:
