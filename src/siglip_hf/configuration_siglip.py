@@ -176,10 +176,8 @@ class SiglipConfig(_SiglipConfigMixin, PreTrainedConfig):
     """
 
     model_type = "siglip"
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "text_config": SiglipTextConfig,
-        "vision_config": SiglipVisionConfig,
-    }
+    # Newer versions of transformers have a richer table, and make configurations of dicts by it; ours works in all.
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": SiglipTextConfig, "vision_config": SiglipVisionConfig}
 
     # A dict, a configuration or None on the way in, a configuration afterwards.
     text_config: Any = None
@@ -188,14 +186,17 @@ class SiglipConfig(_SiglipConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self._refuse_misspelt_keys(kwargs)
+        for name, config_class in self.sub_configs.items():
+            value = getattr(self, name)
+            if value is None or isinstance(value, dict):
+                setattr(self, name, config_class(**(value or {})))
         super().__post_init__(**kwargs)
-        text, vision = self.text_config, self.vision_config
-        if isinstance(text, SiglipTextConfig) and isinstance(vision, SiglipVisionConfig):
-            if text.projection_size != vision.hidden_size:
-                raise ValueError(
-                    f"text_config.projection_size ({text.projection_size}) must equal vision_config.hidden_size "
-                    f"({vision.hidden_size}): images and texts are compared in one space"
-                )
+        embedding, width = self.text_config.projection_size, self.vision_config.hidden_size
+        if embedding != width:
+            raise ValueError(
+                f"text_config.projection_size ({embedding}) must equal vision_config.hidden_size ({width}): images and "
+                "texts are compared in one space"
+            )
 
     def validate_token_ids(self):
         """The text configuration checks its own ids."""

@@ -90,20 +90,7 @@ class Siglip2Config(SiglipConfig):
     """
 
     model_type = "siglip2"
-    sub_configs_defaults: ClassVar[dict[str, Any]] = {
-        "text_config": Siglip2TextConfig,
-        "vision_config": Siglip2VisionConfig,
-    }
-
-    def __post_init__(self, **kwargs: Any):
-        super().__post_init__(**kwargs)
-        text, vision = self.text_config, self.vision_config
-        if isinstance(text, Siglip2TextConfig) and isinstance(vision, Siglip2VisionConfig):
-            if text.projection_size != vision.hidden_size:
-                raise ValueError(
-                    f"text_config.projection_size ({text.projection_size}) must equal vision_config.hidden_size "
-                    f"({vision.hidden_size}): images and texts are compared in one space"
-                )
+    sub_configs: ClassVar[dict[str, Any]] = {"text_config": Siglip2TextConfig, "vision_config": Siglip2VisionConfig}
 
     @classmethod
     def from_preset(cls, name: str, **kwargs: Any) -> Siglip2Config:

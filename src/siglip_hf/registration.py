@@ -114,8 +114,13 @@ def _register_processors(module: Any) -> None:
 
 def _register_pipelines(module: Any) -> None:
     task = module.PIPELINE_REGISTRY.supported_tasks["zero-shot-image-classification"]
-    # A dotted path: transformers imports it when a pipeline of this task is made.
-    task["impl"] = "siglip_hf.pipeline_zero_shot.SiglipZeroShotImageClassificationPipeline"
+    if isinstance(task["impl"], str):
+        # A dotted path: transformers imports it when a pipeline of this task is made.
+        task["impl"] = "siglip_hf.pipeline_zero_shot.SiglipZeroShotImageClassificationPipeline"
+    else:
+        from siglip_hf.pipeline_zero_shot import SiglipZeroShotImageClassificationPipeline
+
+        task["impl"] = SiglipZeroShotImageClassificationPipeline
 
 
 def _register_lora_targets(module: Any) -> None:

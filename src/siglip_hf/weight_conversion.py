@@ -137,5 +137,21 @@ class ResizePositions(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """Saving keeps the model's own size."""
-        return self
+        """The operation for saving."""
+        return KeepPositions()
+
+
+class KeepPositions(ConversionOps):
+    """Saves the positions of a model in the model's own size."""
+
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs
+    ) -> dict[str, torch.Tensor]:
+        """Maps (N, D) to itself."""
+        tensors = next(iter(input_dict.values()))
+        return {target_patterns[0]: tensors[0] if isinstance(tensors, list) else tensors}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """The operation for loading."""
+        return ResizePositions()
