@@ -1,4 +1,4 @@
-"""Runs every Python snippet of README.md and docs/, so that what they say stays true.
+"""Runs the Python snippets of README.md and docs/, and the commands in their shell blocks, so that they stay true.
 
 The snippets of a page share their names, in order. A snippet after the line `<!-- no-run -->` is not run: it needs the
 network, a GPU or much time. Published names stand for the embedded checkpoint here, or, where that is of another kind,
@@ -6,7 +6,9 @@ for a tiny one of the kind; so do original weights and pictures.
 """
 
 import re
+import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from PIL import Image
 
 import big_vision_reference
 import siglip_hf
+from siglip_hf.cli import main
 from tiny_gemma import write_gemma_tokenizer
 from tiny_siglip2 import NAFLEX_VISION
 
@@ -38,6 +41,12 @@ def snippets(page: Path) -> list[tuple[int, str]]:
         for match in SNIPPET.finditer(text)
         if not match["mark"]
     ]
+
+
+def commands(page: Path) -> list[str]:
+    """The command lines of this package in the shell blocks of a page."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.splitlines() if line.startswith("siglip-hf ")]
 
 
 WITH_SNIPPETS = [page for page in PAGES if snippets(page)]
@@ -74,24 +83,46 @@ def test_there_are_snippets():
     assert {"README", "converting", "export", "lora", "quantization", "sharding", "vision_language_models"} <= names
 
 
+def set_the_scene(page: Path, folder: Path, monkeypatch) -> Callable[[str], str]:
+    """Puts what a page names into a folder, goes there, and returns what turns published names into local ones."""
+    (folder / "tests").symlink_to(ROOT / "tests")
+    monkeypatch.chdir(folder)
+    write_pictures(folder)
+    (folder / "photos").mkdir()
+    shutil.copy(FIXTURES / "pictures" / "cat.png", folder / "photos")
+    text = page.read_text()
+    if "naflex" in text:
+        write_naflex(folder / "naflex")
+    if ".npz" in text:
+        write_original_weights(folder)
+
+    def local(code: str) -> str:
+        code = re.sub(r"google/siglip[\w-]*naflex", str(folder / "naflex"), code)
+        return re.sub(r"google/siglip[\w-]*", siglip_hf.default_checkpoint(), code)
+
+    return local
+
+
 @pytest.mark.parametrize("page", WITH_SNIPPETS, ids=lambda page: page.stem)
 def test_snippets_run(page, tmp_path, monkeypatch):
     for package in NEEDS.get(page.stem, ()):
         pytest.importorskip(package)
-    (tmp_path / "tests").symlink_to(ROOT / "tests")
-    monkeypatch.chdir(tmp_path)
-    write_pictures(tmp_path)
-    stand_ins = {
-        r"google/siglip[\w-]*naflex": tmp_path / "naflex",
-        r"google/siglip[\w-]*": siglip_hf.default_checkpoint(),
-    }
-    if "naflex" in page.read_text():
-        write_naflex(tmp_path / "naflex")
-    if ".npz" in page.read_text():
-        write_original_weights(tmp_path)
+    local = set_the_scene(page, tmp_path, monkeypatch)
     names: dict = {"__name__": "__main__"}
     for line, code in snippets(page):
-        for published, local in stand_ins.items():
-            code = re.sub(published, str(local), code)
+        code = local(code)
         # Blank lines in front, so that a traceback names the page's own lines.
         exec(compile("\n" * line + code, str(page), "exec"), names)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
+def test_commands_run(page, tmp_path, monkeypatch):
+    for package in NEEDS.get(page.stem, ()):
+        pytest.importorskip(package)
+    local = set_the_scene(page, tmp_path, monkeypatch)
+    for command in commands(page):
+        assert main(shlex.split(local(command))[1:]) == 0, command
+
+
+def test_there_are_commands():
+    assert {"converting", "export"} <= {page.stem for page in PAGES if commands(page)}
