@@ -170,13 +170,20 @@ class Augmenter:
         return torch.cat([torch.minimum(colours, alpha), alpha], 1)
 
     def _outline(self, pictures: Tensor, strength: float) -> Tensor:
-        """Draw a dark line around some pictures, as outlined styles have."""
-        chosen = self._chance(len(pictures), 0.25 * strength)
-        if chosen.any():
-            alpha = pictures[chosen, 3:]
-            line = F.max_pool2d(alpha, 3, stride=1, padding=1) - alpha
-            pictures = pictures.clone()
-            pictures[chosen, 3:] = alpha + line  # black under the rim: premultiplied colours stay as they are
+        """Draw dark lines around some pictures, and in half of these also along the edges inside, as drawn styles have."""
+        chosen = self._chance(len(pictures), 0.4 * strength)
+        if not chosen.any():
+            return pictures
+        drawn = pictures[chosen]
+        alpha = drawn[:, 3:]
+        line = F.max_pool2d(alpha, 3, stride=1, padding=1) - alpha
+        # Where neighbouring colours differ much, a pen would have drawn a line.
+        contrast = (F.max_pool2d(drawn, 3, stride=1, padding=1) + F.max_pool2d(-drawn, 3, stride=1, padding=1)).amax(1)
+        inked = self._chance(len(drawn), 0.5)[:, None, None] * ((contrast - 0.25) * 4).clamp(0, 1)  # (C, S, S)
+        colours = drawn[:, :3] * (1 - inked[:, None])
+        pictures = pictures.clone()
+        # Black under the rim: premultiplied colours stay as they are.
+        pictures[chosen] = torch.cat([colours, alpha + line], 1)
         return pictures
 
     def _backgrounds(self, count: int, strength: float) -> Tensor:
