@@ -170,7 +170,7 @@ class Augmenter:
         return torch.cat([torch.minimum(colours, alpha), alpha], 1)
 
     def _outline(self, pictures: Tensor, strength: float) -> Tensor:
-        """Draw dark lines around some pictures, and in half of these also along the edges inside, as drawn styles have."""
+        """Draw dark lines around some pictures, and in half of these also along the edges inside."""
         chosen = self._chance(len(pictures), 0.4 * strength)
         if not chosen.any():
             return pictures
