@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from PIL import Image
 
-from siglip_hf.image_intake import _PICTURE_SUFFIXES, PictureError
+from siglip_hf.image_intake import PictureError
 from siglip_hf.pipeline_zero_shot import SiglipZeroShotImageClassificationPipeline
 
 
@@ -36,33 +35,6 @@ class Classified:
         """The fields that say something, for JSON."""
         fields = {"source": self.source, "labels": self.labels, "error": self.error, "truth": self.truth}
         return {name: value for name, value in fields.items() if value not in (None, [])}
-
-
-def find_pictures(sources: Iterable[str]) -> list[str]:
-    """Paths and URLs of pictures, each once: a folder stands for the pictures anywhere below it, in order of name.
-
-    A file is taken whatever its name, and so is a path that does not exist; reading it says what is wrong. Patterns
-    with `*`, `?` and `[...]` are expanded, `**` through folders.
-
-    Raises:
-        ValueError: if there is not one picture.
-    """
-    sources = list(sources)
-    found: list[str] = []
-    for source in sources:
-        matches = [source]
-        if glob.has_magic(source) and not os.path.exists(source) and "://" not in source:
-            matches = sorted(glob.glob(source, recursive=True)) or [source]
-        for match in matches:
-            found += _pictures_below(Path(match)) if os.path.isdir(match) else [match]
-    if not found:
-        raise ValueError(f"no pictures found in {', '.join(sources)}")
-    return list(dict.fromkeys(found))
-
-
-def _pictures_below(folder: Path) -> list[str]:
-    files = (path for path in folder.rglob("*") if path.suffix.lower() in _PICTURE_SUFFIXES and path.is_file())
-    return [str(path) for path in sorted(files)]
 
 
 def read_labels_file(path: str | Path) -> list[str]:

@@ -35,7 +35,8 @@ _FLOAT_SLACK = 1e-4
 
 _BASE64 = frozenset(string.ascii_letters + string.digits + "+/=\r\n")
 _EXIF_ORIENTATION = 0x0112
-_PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
+#: Endings of the files that are taken for pictures in a folder.
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm", ".pgm")
 
 
 class PictureError(OSError, ValueError):
@@ -205,7 +206,7 @@ def looks_like_picture_source(text: str) -> bool:
         return True
     if len(text) >= 64 and _BASE64.issuperset(text[:256]):
         return True
-    return text.lower().endswith(_PICTURE_SUFFIXES) or _is_file(text)
+    return text.lower().endswith(PICTURE_SUFFIXES) or _is_file(text)
 
 
 def _flatten(images: Any, keep_floats: bool) -> Iterator[Any]:

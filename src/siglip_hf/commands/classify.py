@@ -51,12 +51,12 @@ def classify(
     from siglip_hf.classify import (
         accuracy,
         classify_files,
-        find_pictures,
         load_classifier,
         read_labels_file,
         read_truth_file,
     )
     from siglip_hf.label_bank import parse_labels, parse_templates
+    from siglip_hf.sources import find_pictures
 
     if onnx is not None and (other := "--model" if model else "--device" if device else None):
         raise ValueError(f"{other} and --onnx are both given; pass one of them.")
