@@ -3,7 +3,8 @@
     python scripts/bench_loss.py                              # B = 8,192, D = 768, fp32 on the CPU
     python scripts/bench_loss.py --batch 32768                # forms that do not fit in memory are left out
     python scripts/bench_loss.py --processes 1 2 4 --batch 2048   # memory of the ring per process (batch per process)
-    python scripts/bench_loss.py --device cuda --dtype bfloat16 --batch 65536
+    python scripts/bench_loss.py --device cuda --dtype bfloat16 --batch 65536 --repeats 20   # and siglip-kernel
+    python scripts/bench_loss.py --device cuda --dtype bfloat16 --batch 1048576               # the paper's extreme
 
 Each run is a process of its own, the forms in turn. Peak memory is the most that was resident (on a GPU: allocated)
 during forward and backward, above what it was with the inputs alone.
@@ -12,6 +13,7 @@ during forward and backward, above what it was with the inputs alone.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -49,7 +51,17 @@ def open_clip_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bia
     return -F.logsigmoid(labels * logits).sum() / len(logits)
 
 
+def siglip_kernel_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+    """The Triton kernels of the package siglip-kernel, on a GPU only: pip install siglip-kernel."""
+    from siglip_kernel import fused_siglip_loss
+
+    return fused_siglip_loss(images, texts, logit_scale.reshape(()), logit_bias.reshape(()))
+
+
 FORMS: dict[str, Loss] = {"ours": sigmoid_loss, "transformers": transformers_loss, "open_clip": open_clip_loss}
+if torch.cuda.is_available() and importlib.util.find_spec("siglip_kernel"):
+    FORMS["siglip_kernel"] = siglip_kernel_loss
+_DENSE = ("transformers", "open_clip")
 # Matrices of B x B elements that are alive at once in the dense forms, for the guess whether one fits.
 _DENSE_MATRICES = 7
 
@@ -142,7 +154,7 @@ def in_own_process(name: str, options: argparse.Namespace) -> dict[str, float]:
 def compare(options: argparse.Namespace) -> None:
     """The forms in turn, then the ratios."""
     dense = fits(options.batch, options.device, getattr(torch, options.dtype))
-    names = [name for name in FORMS if name == "ours" or dense]
+    names = [name for name in FORMS if dense or name not in _DENSE]
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for _ in range(options.rounds):
         for name in names:

@@ -270,3 +270,31 @@ def test_more_mistakes():
         sigmoid_loss(ones, ones, torch.zeros(2), one)
     with pytest.raises(ValueError, match=r"cpu and text_embeds on meta|on cpu"):
         sigmoid_loss(ones, ones.to("meta"), one, one)
+
+
+@pytest.mark.parametrize("positives", [None, GROUPS], ids=["diagonal", "groups"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
+)
+def test_fused_walk_of_a_gpu(monkeypatch, dtype, tolerance, positives):
+    """The kernel that inductor makes on a GPU, made for the CPU here."""
+    monkeypatch.setattr("siglip_hf.loss._can_fuse", lambda device: True)
+    torch._dynamo.reset()
+    inputs = make_inputs(dtype=dtype)
+    loss = sigmoid_loss(*inputs, chunk_size=16, positives=positives)
+    expected, grads = reference(inputs, positives)
+    assert loss.item() == pytest.approx(expected, rel=tolerance)
+    for got, wanted in zip(torch.autograd.grad(loss, inputs), grads, strict=True):
+        assert relative_error(got, wanted) < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype):
+    inputs = [value.detach().to("cuda").requires_grad_() for value in make_inputs(batch=600, width=64, dtype=dtype)]
+    expected, grads = reference([value.cpu() for value in inputs])
+    loss = sigmoid_loss(*inputs, chunk_size=256)
+    tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    assert loss.item() == pytest.approx(expected, rel=tolerance)
+    for got, wanted in zip(torch.autograd.grad(loss, inputs), grads, strict=True):
+        assert relative_error(got.cpu(), wanted) < tolerance

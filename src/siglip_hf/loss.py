@@ -7,6 +7,7 @@ an image and a text is a term of its own, so the B x B matrix of logits is walke
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -135,6 +136,7 @@ class Tiles:
     def __init__(self, images: Tensor, logit_scale: Tensor, logit_bias: Tensor, chunk_size: int, image_grad: bool):
         self.images = images
         self.dtype = accumulation_dtype(images.dtype)
+        self.fused = _can_fuse(images.device)
         self.scale = logit_scale.to(self.dtype).exp()
         self.bias = logit_bias.to(self.dtype)
         self.chunk_size = chunk_size
@@ -174,6 +176,18 @@ class Tiles:
                 block = texts[left : left + size]  # (C, E)
                 tile = buffer[: len(images) * len(block)].view(len(images), len(block))  # (R, C)
                 _product(images, block.t(), tile)
+                if self.fused and wants_grad:
+                    ids = (
+                        ()
+                        if image_ids is None or text_ids is None
+                        else (image_ids[top:][:size], text_ids[left:][:size])
+                    )
+                    diagonal = aligned and not ids and top == left
+                    weights, loss_sum, bias_sum = _fused()(tile, self.scale, self.bias, ids, diagonal, texts.dtype)
+                    self.loss_sum += loss_sum
+                    self.bias_sum += bias_sum
+                    self._add_gradients(weights, images, block, top, left, text_grad)
+                    continue
                 tile.mul_(self.scale).add_(self.bias)
                 # With the sign of the positives turned, every pair is a negative one: its loss is softplus(z), and both
                 # that and its derivative are accurate however sure the model is, where softplus(z) - z would cancel.
@@ -189,11 +203,16 @@ class Tiles:
                 _negate(tile, mask, turn)
                 if bias_grad:
                     self.bias_sum += tile.sum()
-                weights = tile.to(texts.dtype)
-                if self.image_grad is not None:
-                    _add_product(self.image_grad[top : top + size], weights, block)
-                if text_grad is not None:
-                    _add_product(text_grad[left : left + size], weights.t(), images)
+                self._add_gradients(tile.to(texts.dtype), images, block, top, left, text_grad)
+
+    def _add_gradients(
+        self, weights: Tensor, images: Tensor, texts: Tensor, top: int, left: int, text_grad: Tensor | None
+    ) -> None:
+        """Add what the derivatives (R, C) of one tile give for its images (R, E) and texts (C, E)."""
+        if self.image_grad is not None:
+            _add_product(self.image_grad[top : top + len(images)], weights, texts)
+        if text_grad is not None:
+            _add_product(text_grad[left : left + len(texts)], weights.t(), images)
 
     def scale_sum(self, embeds: Tensor, embed_grad: Tensor) -> Tensor:
         """Sum of G_ij * d z_ij / d logit_scale, as sum_i <embeds_i, embed_grad_i> * exp(logit_scale): no B x B pass."""
@@ -220,6 +239,49 @@ def _negate(tile: Tensor, mask: Tensor | None, diagonal: bool) -> None:
         torch.where(mask, -tile, tile, out=tile)
     elif diagonal:
         tile.diagonal().neg_()
+
+
+def _can_fuse(device: torch.device) -> bool:
+    """Whether inductor makes one kernel of what is done to a tile. A GPU waits for memory there; a CPU does not."""
+    if device.type != "cuda":
+        return False
+    from torch.utils._triton import has_triton
+
+    return has_triton()
+
+
+@functools.cache
+def _fused() -> Any:
+    return torch.compile(_weigh, dynamic=True)
+
+
+def _weigh(
+    products: Tensor, scale: Tensor, bias: Tensor, ids: tuple[Tensor, ...], diagonal: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The pointwise part of a tile in one function, as `Tiles.add` does it in place.
+
+    Args:
+        products: (R, C) <image, text>.
+        scale: (), the temperature.
+        bias: ().
+        ids: numbers (R,) of the images and (C,) of the texts, or nothing.
+        diagonal: Whether text j belongs to image j, where there are no ids.
+        dtype: That of the derivatives.
+
+    Returns:
+        The derivatives G (R, C), the sum of the loss and that of G.
+    """
+    logits = products * scale + bias
+    if ids:
+        positive = ids[0][:, None] == ids[1]
+    elif diagonal:
+        rows, columns = (torch.arange(n, device=products.device) for n in products.shape)
+        positive = rows[:, None] == columns
+    else:
+        positive = torch.zeros((), dtype=torch.bool, device=products.device)
+    logits = torch.where(positive, -logits, logits)
+    weights = torch.where(positive, -logits.sigmoid(), logits.sigmoid())
+    return weights.to(dtype), F.softplus(logits).sum(), weights.sum()
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
