@@ -1,6 +1,6 @@
 # Everything a newcomer needs: `make demo` and `make test` make their own environment first.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-gpu lint types format bench docs clean
+.PHONY: help demo test test-slow test-browser test-gpu lint types format bench docs clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -31,10 +31,13 @@ demo: $(CORE) ## label pictures of an art style the embedded checkpoint has neve
 	$(BIN)/siglip-hf classify tests/fixtures/pictures --truth tests/fixtures/pictures/labels.json --top 3 --sheet demo.png
 
 test: $(DEV) ## run the tests (a few minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow"
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow and not browser"
 
 test-slow: $(DEV) ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow
+
+test-browser: $(DEV) ## try the web pages in a headless Chromium (Debian: chromium, chromium-driver)
+	$(BIN)/python -m pytest -m browser
 
 test-gpu: $(DEV) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
@@ -51,7 +54,7 @@ format: $(DEV) ## rewrite the code in the house format
 bench: $(DEV) ## compare with stock transformers on this machine; prints ratios
 	for script in scripts/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-docs: $(CORE) ## build the documentation into site/
+docs: $(DEV) ## build the documentation into site/
 	$(PIP) -e ".[docs]"
 	$(BIN)/mkdocs build --strict
 
