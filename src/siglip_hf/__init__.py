@@ -43,6 +43,7 @@ _MODULES = {
     "SiglipTokenizerFast": "tokenization_siglip_fast",
     "canonicalize_text": "text_cleaning",
     "sigmoid_loss": "loss",
+    "pooling_attention": "pooling_map",
 }
 
 __all__ = ["__version__", "default_checkpoint", *_MODULES]
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from siglip_hf.modeling_siglip2 import Siglip2PreTrainedModel as Siglip2PreTrainedModel
     from siglip_hf.modeling_siglip2 import Siglip2TextModel as Siglip2TextModel
     from siglip_hf.modeling_siglip2 import Siglip2VisionModel as Siglip2VisionModel
+    from siglip_hf.pooling_map import pooling_attention as pooling_attention
     from siglip_hf.processing_siglip import SiglipProcessor as SiglipProcessor
     from siglip_hf.processing_siglip2 import Siglip2Processor as Siglip2Processor
     from siglip_hf.text_cleaning import canonicalize_text as canonicalize_text
