@@ -76,6 +76,10 @@ def read_truth_file(path: str | Path) -> dict[str, str]:
 def load_classifier(model: str, device: str | None = None) -> SiglipZeroShotImageClassificationPipeline:
     """The zero-shot pipeline of a SigLIP checkpoint.
 
+    Args:
+        model: a folder or a name.
+        device: where the model runs, such as "cuda"; the first accelerator if None.
+
     Raises:
         ValueError: if there is no such checkpoint, or it is not a SigLIP that this package serves.
     """
@@ -128,7 +132,7 @@ def classify_files(
     classifier([], labels, **options)
     results: list[Classified] = []
     for start in range(0, len(sources), batch_size):
-        batch = [Classified(source, truth=_truth_of(source, truth)) for source in sources[start : start + batch_size]]
+        batch = [Classified(source, truth=truth_of(source, truth)) for source in sources[start : start + batch_size]]
         read = list(_read(classifier, batch))
         scored = classifier([picture for _, picture in read], labels, batch_size=batch_size, **options)
         for (entry, _), scores in zip(read, scored, strict=True):
@@ -148,7 +152,8 @@ def _read(
             entry.error = error.reason
 
 
-def _truth_of(source: str, truth: Mapping[str, str] | None) -> str | None:
+def truth_of(source: str, truth: Mapping[str, str] | None) -> str | None:
+    """The right label of a picture, by its path or by its file name, or None."""
     truth = truth or {}
     return truth.get(source, truth.get(os.path.basename(source)))
 

@@ -210,7 +210,15 @@ class OnnxSiglip(nn.Module):
         return self.text_model(input_ids)
 
     def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Compares every picture with every text: logits (images, texts)."""
+        """Compares every picture with every text.
+
+        Args:
+            input_ids: (texts, L), padded to the exported length.
+            pixel_values: (images, C, height, width), as the image processor makes them.
+
+        Returns:
+            Logits, (images, texts), float32.
+        """
         cosines = self.encode_image(pixel_values) @ self.encode_text(input_ids).t()
         return cosines * self.logit_scale.exp() + self.logit_bias
 

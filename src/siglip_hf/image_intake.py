@@ -146,12 +146,26 @@ def load_pictures(images: Any, **options: Any) -> list[Image.Image]:
 
 
 def read_pictures(images: Any, **options: Any) -> list[Picture]:
-    """As `load_pictures`, with the options of `read_picture` and without conversion to PIL images."""
+    """As `load_pictures`, without conversion to PIL images.
+
+    Args:
+        images: one picture or many; see `load_pictures`.
+        **options: those of `read_picture`.
+    """
     return list(iter_pictures(images, **options))
 
 
 def iter_pictures(images: Any, **options: Any) -> Iterator[Picture]:
-    """As `read_pictures`, one at a time, so that a batch need not lie in memory decoded."""
+    """As `read_pictures`, one at a time, so that a batch need not lie in memory decoded.
+
+    Args:
+        images: one picture or many; see `load_pictures`.
+        **options: those of `read_picture`.
+
+    Raises:
+        ValueError: if there are none.
+        PictureError: for a picture that cannot be read, with its index.
+    """
     sources = list(_flatten(images, options.get("keep_floats", False)))
     if not sources:
         raise ValueError(f"No pictures given: got an empty {type(images).__name__}. Pass at least one picture.")

@@ -177,6 +177,10 @@ class SiglipZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipel
     def load_picture(self, image: Any, timeout: float | None = DEFAULT_TIMEOUT) -> Image.Image:
         """One picture from anything as an RGB image, a very large JPEG in no more detail than the model can use.
 
+        Args:
+            image: as `load_picture` of `siglip_hf.image_intake` takes it.
+            timeout: seconds to wait for a URL.
+
         Raises:
             PictureError: if it cannot be read.
         """

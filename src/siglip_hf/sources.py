@@ -40,6 +40,7 @@ class TarMember(NamedTuple):
     size: int
 
     def read(self) -> bytes:
+        """The bytes of the file."""
         with open(self.path, "rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -54,6 +55,7 @@ class DatasetCell:
     column: str
 
     def read(self) -> Any:
+        """What the dataset holds in this cell: a path, bytes, or both in a dict."""
         return self.dataset[self.row][self.column]
 
 
@@ -80,7 +82,12 @@ class Record:
         return self.image if isinstance(self.image, str) and "://" not in self.image else None
 
     def read(self) -> Any:
-        """The picture as `load_picture` takes it: a path, a URL, bytes, or what a dataset holds. Fails as files do."""
+        """The picture as `load_picture` takes it: a path, a URL, bytes, or what a dataset holds.
+
+        Raises:
+            ValueError: for a bare text.
+            OSError: if the file cannot be read.
+        """
         if self.image is None:
             raise ValueError(f"{self.id}: this record has no picture")
         return self.image if isinstance(self.image, str) else self.image.read()

@@ -296,13 +296,25 @@ class SiglipTokenizer(SiglipTokenization, SentencePieceBackend):
         return remove_punctuation(text)
 
     def canonicalize_text(self, text: str, *, keep_punctuation_exact_string: str | None = None) -> str:
-        """Returns `text` as the pieces are cut from it; see `siglip_hf.canonicalize_text`."""
+        """Cleans a text as the training data was cleaned; see `siglip_hf.canonicalize_text`.
+
+        Args:
+            text: any text.
+            keep_punctuation_exact_string: this string stays as it is, such as the `{}` of a template.
+
+        Returns:
+            The text that pieces are cut from.
+        """
         return canonicalize_text(
             text, lowercase=self.do_lower_case, keep_punctuation_exact_string=keep_punctuation_exact_string
         )
 
     def split_added_tokens(self, text: str, *, split_special_tokens: bool = False) -> Iterator[tuple[str, int, bool]]:
         """Cuts `text` at the special and added tokens within it.
+
+        Args:
+            text: any text.
+            split_special_tokens: leave the text whole, so that a token spelled out in it is text like any other.
 
         Yields:
             Each part, its start in `text`, and whether it is such a token.
@@ -366,6 +378,11 @@ class SiglipTokenizer(SiglipTokenization, SentencePieceBackend):
         """Returns the ids of each text, nothing added or cut: `convert_tokens_to_ids(tokenize(text))`, but faster.
 
         All texts without special or added tokens go through SentencePiece in one call.
+
+        Args:
+            texts: any texts.
+            split_special_tokens: treat a special token that is spelled out in a text as text; the tokenizer's own
+                setting if None.
         """
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
         plain: Sequence[int] = range(len(texts))
@@ -447,7 +464,11 @@ class SiglipTokenizer(SiglipTokenization, SentencePieceBackend):
         return {**{piece: i for i, piece in enumerate(pieces)}, **self.added_tokens_encoder}
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
-        """Writes the SentencePiece model into `save_directory`, also if the file it was read from is gone."""
+        """Writes the SentencePiece model into `save_directory`, also if the file it was read from is gone.
+
+        Raises:
+            ValueError: if `save_directory` is not a folder.
+        """
         folder = Path(save_directory)
         if not folder.is_dir():
             raise ValueError(f"{save_directory} is not a folder. Create it before saving a vocabulary.")

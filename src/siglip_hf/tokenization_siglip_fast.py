@@ -183,7 +183,15 @@ class SiglipTokenizerFast(SiglipTokenization, TokenizersBackend):
         return super()._add_tokens(added, special_tokens)
 
     def canonicalize_text(self, text: str, *, keep_punctuation_exact_string: str | None = None) -> str:
-        """Returns `text` as the pieces are cut from it; see `siglip_hf.canonicalize_text`."""
+        """Cleans a text as the training data was cleaned; see `siglip_hf.canonicalize_text`.
+
+        Args:
+            text: any text.
+            keep_punctuation_exact_string: this string stays as it is, such as the `{}` of a template.
+
+        Returns:
+            The text that pieces are cut from.
+        """
         return SiglipTokenizer.canonicalize_text(
             self,  # type: ignore[arg-type]
             text,
