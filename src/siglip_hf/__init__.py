@@ -43,6 +43,7 @@ _MODULES = {
     "SiglipTokenizerFast": "tokenization_siglip_fast",
     "canonicalize_text": "text_cleaning",
     "sigmoid_loss": "loss",
+    "SearchIndex": "search.query",
     "pooling_attention": "pooling_map",
 }
 
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from siglip_hf.pooling_map import pooling_attention as pooling_attention
     from siglip_hf.processing_siglip import SiglipProcessor as SiglipProcessor
     from siglip_hf.processing_siglip2 import Siglip2Processor as Siglip2Processor
+    from siglip_hf.search.query import SearchIndex as SearchIndex
     from siglip_hf.text_cleaning import canonicalize_text as canonicalize_text
     from siglip_hf.tokenization_siglip import SiglipTokenizer as SiglipTokenizer
     from siglip_hf.tokenization_siglip2 import Siglip2Tokenizer as Siglip2Tokenizer

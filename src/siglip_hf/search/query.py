@@ -1,0 +1,320 @@
+"""Asking an index: words, a picture, both, and what it should not be; answers with named scores."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from siglip_hf.search.index import IndexFolder, Origin
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from siglip_hf.search.embedder import SiglipEmbedder
+
+#: How much the text of `not_text` counts, beside 1 for what is asked for: enough to push it down, and not so much that
+#: whatever is least like it comes up.
+NOT_WEIGHT = 0.5
+
+_SPREAD_SAMPLE = 1024  # rows by which the spread of a query's cosines is estimated
+
+
+@dataclass(frozen=True)
+class Query:
+    """One question.
+
+    Attributes:
+        text: what it should show, in words.
+        image: a picture that it should be like, as `load_picture` takes it.
+        not_text: what it should not show.
+    """
+
+    text: str | None = None
+    image: Any = None
+    not_text: str | None = None
+
+    def __str__(self) -> str:
+        parts = [
+            repr(self.text) if self.text else "",
+            (os.fspath(self.image) if isinstance(self.image, str | os.PathLike) else "a picture")
+            if self.image is not None
+            else "",
+            f"not {self.not_text!r}" if self.not_text else "",
+        ]
+        return " and ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One answer.
+
+    Attributes:
+        id: the row's name, unique in the index.
+        path: its picture, as `siglip_hf.search.store.picture_at` reads it; None if it has none.
+        cosine: to the query, in -1..1. With several parts in the query, to their combination.
+        probability: that the text and the picture belong together, by the model's sigmoid; None where the query and the
+            row are of one kind (picture and picture), as the model gives no probability for that.
+        text: what was embedded, in an index of texts.
+    """
+
+    id: str
+    path: str | None
+    cosine: float
+    probability: float | None
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """Rows near a query, best first: a table with `id`, `path` and `text`, and their vectors (n, dimension) float32."""
+
+    rows: pa.Table
+    vectors: np.ndarray
+
+
+class Backend(Protocol):
+    """Where the vectors are: an index folder, or a table of a vector database."""
+
+    origin: Origin
+
+    def __len__(self) -> int: ...
+
+    def neighbours(self, queries: np.ndarray, k: int, path_filter: str | None) -> list[Neighbours]:
+        """The k nearest rows of each query (q, dimension), among those whose path or id matches a pattern."""
+        ...
+
+    def sample(self, count: int) -> np.ndarray:
+        """About so many of the vectors, (n, dimension) float32."""
+        ...
+
+
+class FolderBackend:
+    """An index folder (see `IndexFolder`)."""
+
+    def __init__(self, folder: IndexFolder) -> None:
+        self.folder, self.origin = folder, folder.origin
+
+    def __len__(self) -> int:
+        return len(self.folder)
+
+    def neighbours(self, queries: np.ndarray, k: int, path_filter: str | None) -> list[Neighbours]:
+        among = None if path_filter is None else matching_rows(self.folder.rows, path_filter)
+        columns = self.folder.rows.select(["id", "path", "text"])
+        return [
+            Neighbours(columns.take(rows), np.asarray(self.folder.vectors[rows], np.float32))
+            for rows, _ in self.folder.nearest(queries, k, among)
+        ]
+
+    def sample(self, count: int) -> np.ndarray:
+        rows = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64))
+        return np.asarray(self.folder.vectors[rows], np.float32)
+
+
+class SearchIndex:
+    """An index that can be asked.
+
+    Example:
+        >>> index = SearchIndex.open("photos.idx")
+        >>> for hit in index.search("a red car", k=3):
+        ...     print(hit.path, hit.cosine, hit.probability)
+
+    Attributes:
+        backend: where the vectors are.
+    """
+
+    def __init__(self, backend: Backend, *, model: str | None = None, device: str | None = None) -> None:
+        self.backend, self._model, self._device = backend, model, device
+        self._embedder: SiglipEmbedder | None = None
+        self._sample: np.ndarray | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        model: str | None = None,
+        device: str | None = None,
+        verify: bool = True,
+    ) -> SearchIndex:
+        """Opens an index; the model is loaded with the first query.
+
+        Args:
+            path: an index folder, or a table of a vector database: "lancedb:FOLDER/TABLE", "qdrant:FOLDER/COLLECTION"
+                or "qdrant:http://host:6333/COLLECTION".
+            model: the checkpoint that the index was made with, if it has moved since.
+            device: where the model runs; the first accelerator by default.
+            verify: compare the files of a folder with their checksums.
+
+        Raises:
+            FileNotFoundError: if there is no such index.
+            ValueError: if it is damaged, or none of this package.
+        """
+        name = os.fspath(path)
+        if name.startswith(("lancedb:", "qdrant:")):
+            from siglip_hf.search.vector_db import open_table
+
+            return cls(open_table(name), model=model, device=device)
+        return cls(FolderBackend(IndexFolder(path, verify=verify)), model=model, device=device)
+
+    def __len__(self) -> int:
+        """Rows that can be found."""
+        return len(self.backend)
+
+    @property
+    def origin(self) -> Origin:
+        """The model and the kind of content that the index was made with."""
+        return self.backend.origin
+
+    @property
+    def embedder(self) -> SiglipEmbedder:
+        """The model that makes vectors of queries.
+
+        Raises:
+            ValueError: if it cannot be loaded, or is not the one that the index was made with.
+        """
+        if self._embedder is None:
+            self._embedder = load_embedder(self.origin, self._model, self._device)
+        return self._embedder
+
+    def search(
+        self,
+        text: str | None = None,
+        image: Any = None,
+        not_text: str | None = None,
+        *,
+        k: int = 10,
+        path_filter: str | None = None,
+    ) -> list[Hit]:
+        """The k best rows for a query.
+
+        A text and a picture together: each pulls as strongly as the other. Cosines between pictures vary much more than
+        those between texts and pictures, so each part is measured in the spread of its own cosines over the index.
+
+        Args:
+            text: what it should show.
+            image: a picture that it should be like: a path, a PIL image, or whatever else `load_picture` takes.
+            not_text: what it should not show; beside a text or a picture.
+            k: how many.
+            path_filter: only rows whose path or id matches this pattern; `*` also stands for slashes.
+
+        Returns:
+            Up to k hits, highest cosine first.
+
+        Raises:
+            PictureError: if the picture cannot be read.
+            ValueError: if there is nothing to look for, k is below 1, or the model is not that of the index.
+        """
+        (hits,) = self.search_many([Query(text, image, not_text)], k=k, path_filter=path_filter)
+        return hits
+
+    def search_many(self, queries: Sequence[Query], *, k: int = 10, path_filter: str | None = None) -> list[list[Hit]]:
+        """As `search`, for many queries at once: the model and the index work in batches.
+
+        Returns:
+            The hits of each query.
+        """
+        if k < 1:
+            raise ValueError(f"k={k} must be at least 1.")
+        for query in queries:
+            if not (query.text and query.text.strip()) and query.image is None:
+                raise ValueError(f"nothing to look for in {query}: give a text or a picture.")
+        if not queries:
+            return []
+        texts = self._embed_texts(queries)
+        images = self._embed_images(queries)
+        vectors = np.stack([self._combined(query, texts, images[i]) for i, query in enumerate(queries)])  # (q, D)
+        found = self.backend.neighbours(vectors, k, path_filter)
+        return [
+            self._hits(near, vectors[i], self._other_side(queries[i], texts, images[i])) for i, near in enumerate(found)
+        ]
+
+    def _embed_texts(self, queries: Sequence[Query]) -> dict[str, np.ndarray]:
+        wanted = list(dict.fromkeys(text for query in queries for text in (query.text, query.not_text) if text))
+        return dict(zip(wanted, self.embedder.embed_texts(wanted), strict=True)) if wanted else {}
+
+    def _embed_images(self, queries: Sequence[Query]) -> list[np.ndarray | None]:
+        pictures = [query.image for query in queries if query.image is not None]
+        vectors = iter(self.embedder.embed_images(pictures) if pictures else ())
+        return [None if query.image is None else next(vectors) for query in queries]
+
+    def _combined(self, query: Query, texts: dict[str, np.ndarray], image: np.ndarray | None) -> np.ndarray:
+        parts = [(texts[query.text], 1.0)] if query.text else []
+        parts += [(image, 1.0)] if image is not None else []
+        parts += [(texts[query.not_text], -NOT_WEIGHT)] if query.not_text else []
+        if len(parts) == 1:
+            return parts[0][0]
+        if self._sample is None:
+            self._sample = self.backend.sample(_SPREAD_SAMPLE)
+        spreads = [max(float((self._sample @ vector).std()), 1e-3) for vector, _ in parts]
+        total = sum(weight / spread * vector for (vector, weight), spread in zip(parts, spreads, strict=True))
+        return np.asarray(total / np.linalg.norm(total), np.float32)
+
+    def _other_side(self, query: Query, texts: dict[str, np.ndarray], image: np.ndarray | None) -> np.ndarray | None:
+        """The part of the query that the model gives a probability for: words for pictures, a picture for words."""
+        if self.origin.content == "text":
+            return image
+        return texts[query.text] if query.text else None
+
+    def _hits(self, near: Neighbours, vector: np.ndarray, other_side: np.ndarray | None) -> list[Hit]:
+        cosines = near.vectors @ vector  # (n,)
+        probabilities: list[float | None] = [None] * len(cosines)
+        if other_side is not None:
+            probabilities = self.embedder.probability(near.vectors @ other_side).tolist()
+        names = (near.rows[name].to_pylist() for name in ("id", "path", "text"))
+        return [
+            Hit(id_, path, float(cosine), probability, text)
+            for id_, path, text, cosine, probability in zip(*names, cosines, probabilities, strict=True)
+        ]
+
+
+def load_embedder(origin: Origin, model: str | None = None, device: str | None = None) -> SiglipEmbedder:
+    """The model that vectors were made with.
+
+    Args:
+        origin: what the vectors are.
+        model: where the checkpoint is now; where it was by default.
+        device: where it runs.
+
+    Raises:
+        ValueError: if it cannot be loaded, or has other weights.
+    """
+    from siglip_hf.search.embedder import SiglipEmbedder
+
+    try:
+        embedder = SiglipEmbedder(model or origin.model, device=device)
+    except (OSError, ValueError) as error:
+        hint = "" if model else " If it has moved, say where it is (--model)."
+        raise ValueError(f"the index was made with {origin.model}: {error}{hint}") from error
+    if embedder.model_sha256 != origin.model_sha256:
+        raise ValueError(
+            f"{model or origin.model} ({embedder.model_sha256[:12]}) does not have the weights that the index was made "
+            f"with, {origin.model} ({origin.model_sha256[:12]}), so their vectors cannot be compared. Give that model "
+            "(--model), or build the index anew."
+        )
+    return embedder
+
+
+def matching_rows(rows: pa.Table, pattern: str) -> np.ndarray:
+    """Numbers of the rows whose path or id matches a pattern with `*`, `?` and `[...]`."""
+    import pyarrow.compute as pc
+
+    expression = glob_to_regex(pattern)
+    matches = [pc.fill_null(pc.match_substring_regex(rows[name], expression), False) for name in ("path", "id")]
+    return np.flatnonzero(pc.or_(*matches).to_numpy())
+
+
+def glob_to_regex(pattern: str) -> str:
+    """A regular expression for the whole text that Python, Arrow and Rust read alike; `*` also stands for slashes."""
+    parts = []
+    for piece in re.findall(r"\[!?\]?[^\]]*\]|.", pattern, re.DOTALL):
+        if len(piece) > 1:
+            inside = piece[1:-1].replace("\\", "\\\\")
+            parts.append(f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside}]")
+        else:
+            parts.append({"*": ".*", "?": "."}.get(piece) or re.escape(piece))
+    return f"(?s)^{''.join(parts)}$"
