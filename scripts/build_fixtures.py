@@ -24,7 +24,7 @@ THINGS = (
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("tests/fixtures/pictures"))
+    parser.add_argument("--out", type=Path, default=Path("src/siglip_hf/apps/pictures"))
     parser.add_argument("--cache", type=Path, default=Path("data/pictures/npm"), help="where packages are kept")
     arguments = parser.parse_args()
     style = next(style for style in STYLES if style.name == "fxemoji")
