@@ -41,6 +41,7 @@ _MODULES = {
     "Siglip2Tokenizer": "tokenization_siglip2",
     "SiglipTokenizer": "tokenization_siglip",
     "SiglipTokenizerFast": "tokenization_siglip_fast",
+    "SiglipEmbedder": "search.embedder",
     "canonicalize_text": "text_cleaning",
     "sigmoid_loss": "loss",
     "SearchIndex": "search.query",
@@ -76,6 +77,7 @@ if TYPE_CHECKING:
     from siglip_hf.pooling_map import pooling_attention as pooling_attention
     from siglip_hf.processing_siglip import SiglipProcessor as SiglipProcessor
     from siglip_hf.processing_siglip2 import Siglip2Processor as Siglip2Processor
+    from siglip_hf.search.embedder import SiglipEmbedder as SiglipEmbedder
     from siglip_hf.search.query import SearchIndex as SearchIndex
     from siglip_hf.text_cleaning import canonicalize_text as canonicalize_text
     from siglip_hf.tokenization_siglip import SiglipTokenizer as SiglipTokenizer
