@@ -25,6 +25,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 
 from .image_intake import Picture, iter_pictures, load_picture
+from .image_tensors import in_threads, resize_with_pillow
 
 
 def resized_size(size: SizeDict, height: int, width: int) -> tuple[int, int]:
@@ -169,7 +170,7 @@ class SiglipImageProcessor(SiglipImageProcessorBase, PilBackend):
 
     The arguments of `preprocess` are also those of the constructor, where they set the defaults.
 
-    Example:
+    Examples:
         >>> processor = SiglipImageProcessor(size={"height": 384, "width": 384})
         >>> processor("cat.jpg", return_tensors="pt").pixel_values.shape
         torch.Size([1, 3, 384, 384])
@@ -198,29 +199,28 @@ class SiglipImageProcessor(SiglipImageProcessorBase, PilBackend):
         if device is not None and str(device) != "cpu":
             raise ValueError(f"device={str(device)!r}: Pillow works on the CPU. Use SiglipImageProcessorFast instead.")
         tables: dict[tuple[float, int], np.ndarray] = {}  # by scale and channels
-        results: list[Any] = []
-        for picture in images:
+
+        def prepared(picture: Picture) -> np.ndarray:
             if do_resize:
-                height, width = resized_size(size, *picture.size)
-                picture = Picture(
-                    picture.to_pil().resize((width, height), resample=pillow_filter(resample)), picture.unit_range
-                )
+                picture = resize_with_pillow(picture, resized_size(size, *picture.size), pillow_filter(resample))
             pixels = np.moveaxis(picture.to_array(), -1, 0)  # (C, height, width)
             if do_center_crop:
                 pixels = self.center_crop(pixels, crop_size)
             scale = value_scale(picture, do_rescale, rescale_factor)
-            if pixels.dtype == np.uint8 and (do_normalize or scale != 1):
-                # Only 256 values go through the arithmetic; the pixels look up its results.
-                channels = pixels.shape[0]
-                if (scale, channels) not in tables:
-                    values = np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 1, 256))
-                    tables[scale, channels] = self._finish(values, scale, do_normalize, image_mean, image_std)
-                pixels = _look_up(tables[scale, channels], pixels)
-            elif pixels.dtype != np.uint8:
-                pixels = self._finish(pixels, scale, do_normalize, image_mean, image_std)
-            results.append(pixels)
+            if pixels.dtype != np.uint8:
+                return self._finish(pixels, scale, do_normalize, image_mean, image_std)
+            if not do_normalize and scale == 1:
+                return pixels
+            # Only 256 values go through the arithmetic; the pixels look up its results.
+            channels = pixels.shape[0]
+            if (scale, channels) not in tables:
+                values = np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 1, 256))
+                tables[scale, channels] = self._finish(values, scale, do_normalize, image_mean, image_std)
+            return _look_up(tables[scale, channels], pixels)
+
+        results: Any = list(in_threads(prepared, images))
         if do_pad:
-            results = self.pad(results, pad_size=pad_size)  # type: ignore[assignment]
+            results = self.pad(results, pad_size=pad_size)
         if ChannelDimension(data_format or "channels_first") == ChannelDimension.LAST:
             results = [np.moveaxis(pixels, 0, -1) for pixels in results]
         return BatchFeature(data={"pixel_values": results}, tensor_type=return_tensors)

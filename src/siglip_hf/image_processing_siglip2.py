@@ -18,6 +18,7 @@ from transformers.processing_utils import ImagesKwargs
 
 from .image_intake import Picture, iter_pictures
 from .image_processing_siglip import SiglipImageProcessor, SiglipImageProcessorBase, pillow_filter, value_scale
+from .image_tensors import in_threads, resize_with_pillow
 
 
 @functools.lru_cache(maxsize=4096)
@@ -174,6 +175,18 @@ def with_sizes(
         raise ValueError(f"max_num_patches has {len(max_num_patches)} budgets for {count} pictures; give one each")
 
 
+def channels_of_batch(channels: Iterable[int]) -> int:
+    """The number of channels that all pictures of a batch have.
+
+    Raises:
+        ValueError: If they differ.
+    """
+    found = set(channels)
+    if len(found) > 1:
+        raise ValueError(f"pictures of {sorted(found)} channels cannot share a batch; leave do_convert_rgb on")
+    return found.pop()
+
+
 def largest_budget(max_num_patches: int | Sequence[int]) -> int:
     """The number of patches N that a batch is padded to."""
     return max_num_patches if isinstance(max_num_patches, int) else max(max_num_patches)
@@ -187,7 +200,7 @@ class Siglip2ImageProcessor(Siglip2ImageProcessorBase, SiglipImageProcessor):
 
     The arguments of `preprocess` are also those of the constructor, where they set the defaults.
 
-    Example:
+    Examples:
         >>> processor = Siglip2ImageProcessor(max_num_patches=1024)
         >>> processor("panorama.jpg", return_tensors="pt").spatial_shapes
         tensor([[16, 62]])
@@ -211,39 +224,53 @@ class Siglip2ImageProcessor(Siglip2ImageProcessorBase, SiglipImageProcessor):
     ) -> BatchFeature:
         if device is not None and str(device) != "cpu":
             raise ValueError(f"device={str(device)!r}: Pillow works on the CPU. Use Siglip2ImageProcessorFast instead.")
-        length = largest_budget(max_num_patches)
-        values, masks, shapes = [], [], []
-        for picture, (height, width) in with_sizes(images, do_resize, patch_size, max_num_patches):
-            if do_resize:
-                resized = picture.to_pil().resize((width, height), resample=pillow_filter(resample))
-                picture = Picture(resized, picture.unit_range)
-            pixels = picture.to_array()  # (height, width, C)
-            rows, columns = height // patch_size, width // patch_size
-            patches = pixels.reshape(rows, patch_size, columns, patch_size, -1).swapaxes(1, 2)
-            patches = patches.reshape(rows * columns, patch_size**2, -1)  # (n, p * p, C)
+
+        def patches_of(entry: tuple[Picture, tuple[int, int]]) -> tuple[np.ndarray, tuple[int, int], float]:
+            picture, (height, width) = entry
             scale = value_scale(picture, do_rescale, rescale_factor)
-            finished = self._finish_patches(patches, scale, do_normalize, image_mean, image_std)
-            padded = np.zeros((length, finished[0].size), finished.dtype)
-            padded[: rows * columns] = finished.reshape(rows * columns, -1)
-            values.append(padded)
-            masks.append((np.arange(length) < rows * columns).astype(np.int32))
-            shapes.append((rows, columns))
-        data = {"pixel_values": values, "pixel_attention_mask": masks, "spatial_shapes": shapes}
+            if do_resize:
+                picture = resize_with_pillow(picture, (height, width), pillow_filter(resample))
+            rows, columns = height // patch_size, width // patch_size
+            pixels = picture.to_array().reshape(rows, patch_size, columns, patch_size, -1)
+            patches = np.ascontiguousarray(pixels.swapaxes(1, 2))  # (rows, columns, p, p, C)
+            return patches.reshape(rows * columns, patch_size**2, -1), (rows, columns), scale
+
+        sized = with_sizes(images, do_resize, patch_size, max_num_patches)
+        pieces = list(in_threads(patches_of, sized))
+        channels = channels_of_batch(patches.shape[2] for patches, _, _ in pieces)
+        as_they_are = not do_normalize and all(scale == 1 for _, _, scale in pieces)
+        values = np.empty(
+            (len(pieces), largest_budget(max_num_patches), patch_size**2 * channels),
+            pieces[0][0].dtype if as_they_are else np.float32,
+        )  # (B, N, p * p * C)
+        for (patches, _, scale), row in zip(pieces, values, strict=True):
+            filled = row[: len(patches)].reshape(patches.shape)
+            if as_they_are:
+                filled[:] = patches
+            elif patches.dtype == np.uint8:
+                # Only 256 values go through the arithmetic; the pixels look up its results.
+                levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 1, 256))
+                _look_up(self._finish(levels, scale, do_normalize, image_mean, image_std)[:, 0], patches, filled)
+            else:
+                planes = self._finish(np.moveaxis(patches, -1, 0), scale, do_normalize, image_mean, image_std)
+                filled[:] = np.moveaxis(planes, 0, -1)
+            row[len(patches) :] = 0
+        shapes = np.array([shape for _, shape, _ in pieces])  # (B, 2)
+        mask = (np.arange(values.shape[1]) < shapes.prod(axis=1, keepdims=True)).astype(np.int32)  # (B, N)
+        data: dict[str, Any] = {"pixel_values": values, "pixel_attention_mask": mask, "spatial_shapes": shapes}
+        if return_tensors is None:
+            data = {name: list(value) for name, value in data.items()}
         return BatchFeature(data=data, tensor_type=return_tensors)
 
-    def _finish_patches(self, patches: np.ndarray, scale: float, do_normalize: bool, mean: Any, std: Any) -> np.ndarray:
-        """Scales and normalizes (n, p * p, C)."""
-        if patches.dtype != np.uint8:
-            return np.moveaxis(self._finish(np.moveaxis(patches, -1, 0), scale, do_normalize, mean, std), 0, -1)
-        if not do_normalize and scale == 1:
-            return patches
-        # Only 256 values go through the arithmetic; the pixels look up its results.
-        channels = patches.shape[-1]
-        levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 1, 256))
-        table = self._finish(levels, scale, do_normalize, mean, std)[:, 0]  # (C, 256)
-        if (table == table[0]).all():
-            return table[0].take(patches)
-        return np.stack([table[channel].take(patches[..., channel]) for channel in range(channels)], axis=-1)
+
+def _look_up(table: np.ndarray, patches: np.ndarray, out: np.ndarray) -> None:
+    """`table` (C, 256) at uint8 `patches` (n, p * p, C), into `out`."""
+    # "clip" needs no buffer; uint8 cannot leave 0..255.
+    if (table == table[0]).all():
+        np.take(table[0], patches, out=out, mode="clip")
+        return
+    for channel, levels in enumerate(table):
+        out[..., channel] = levels.take(patches[..., channel], mode="clip")
 
 
 __all__ = ["Siglip2ImageProcessor", "naflex_size"]

@@ -5,26 +5,18 @@ Same defaults, arguments and intake as `SiglipImageProcessor`; torchvision is ne
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
-import PIL
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from transformers.image_processing_utils import BatchFeature
-from transformers.image_utils import ChannelDimension, PILImageResampling, SizeDict
+from transformers.image_utils import ChannelDimension, SizeDict
 
 from .image_intake import Picture
 from .image_processing_siglip import SiglipImageProcessorBase, pillow_filter, resized_size, value_scale
-
-#: How many times as large as the result a picture must be, on both sides, for torch to resize it in both directions.
-BOTH_FROM = 1.75
-
-# Pillow 13 (python-pillow/Pillow#9549) filters the columns first if that saves much; before, the rows came first.
-_PILLOW_PICKS_ORDER = int(PIL.__version__.partition(".")[0]) >= 13
-
-_TORCH_MODES = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
+from .image_tensors import BOTH_FROM, divide_and_shift, division_and_shift, empty_batch, in_threads, resize, to_tensor
 
 
 class SiglipImageProcessorFast(SiglipImageProcessorBase):
@@ -45,7 +37,7 @@ class SiglipImageProcessorFast(SiglipImageProcessorBase):
     the result lies where the first picture does, if that is a tensor. Without `return_tensors`, `pixel_values` is a
     list of tensors.
 
-    Example:
+    Examples:
         >>> processor = SiglipImageProcessorFast(size={"height": 384, "width": 384})
         >>> processor(["cat.jpg", "dog.png"], return_tensors="pt", device="cuda").pixel_values.shape
         torch.Size([2, 3, 384, 384])
@@ -84,84 +76,33 @@ class SiglipImageProcessorFast(SiglipImageProcessorBase):
         data_format: str | ChannelDimension | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        pixels, scales = [], []
-        for picture in images:
-            if do_resize:
-                pixels.append(_resize(picture, resized_size(size, *picture.size), pillow_filter(resample)))
-            else:
-                pixels.append(_to_tensor(picture))
-            scales.append(value_scale(picture, do_rescale, rescale_factor))
+        def resized(picture: Picture) -> tuple[torch.Tensor, float]:
+            scale = value_scale(picture, do_rescale, rescale_factor)
+            if not do_resize:
+                return to_tensor(picture), scale
+            return resize(picture, resized_size(size, *picture.size), pillow_filter(resample)), scale
+
+        pixels, scales = map(list, zip(*in_threads(resized, images), strict=True))
         if do_center_crop:
             pixels = [_center_crop(item, crop_size) for item in pixels]
 
         mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
         as_they_are = not do_normalize and all(scale == 1 for scale in scales)
+        dtype = functools.reduce(torch.promote_types, (item.dtype for item in pixels)) if as_they_are else torch.float32
         results: Any
         if len({item.shape for item in pixels}) == 1:
-            if as_they_are:
-                results = torch.stack(pixels).to(device)
-            else:
-                results = torch.empty(len(pixels), *pixels[0].shape, device=device)  # (B, C, h, w)
-                for item, result in zip(pixels, results, strict=True):
-                    result.copy_(item)
-                _scale_and_normalize(results, scales, mean, std)
+            results = empty_batch((len(pixels), *pixels[0].shape), dtype, device)  # (B, C, h, w)
         else:
-            results = [item.to(device) if as_they_are else item.to(device, torch.float32) for item in pixels]
-            for item, scale in zip(results, scales, strict=True):
-                if not as_they_are:
-                    _scale_and_normalize(item[None], [scale], mean, std)
+            results = [torch.empty(item.shape, dtype=dtype, device=device) for item in pixels]
+        for item, scale, result in zip(pixels, scales, results, strict=True):
+            result.copy_(item)
+            if not as_they_are:
+                divide_and_shift(result, *division_and_shift(scale, mean, std, item.shape[0]))
         if do_pad:
             results = _pad(results, pad_size)
         if ChannelDimension(data_format or "channels_first") == ChannelDimension.LAST:
             results = [item.permute(1, 2, 0) for item in results]
         return _to_feature(results, return_tensors)
-
-
-def _to_tensor(picture: Picture) -> torch.Tensor:
-    """(C, height, width) in channels-last memory, for which torch's 8-bit kernels are made."""
-    return torch.from_numpy(picture.to_array()).permute(2, 0, 1)
-
-
-def _resize(picture: Picture, target: tuple[int, int], resample: PILImageResampling) -> torch.Tensor:
-    """uint8 (C, *target), in one direction and then in the other, each rounded to 8 bits as Pillow does."""
-    # Pillow filters RGBA with premultiplied alpha, which torch cannot.
-    if resample not in _TORCH_MODES or _has_alpha(picture):
-        return _to_tensor(_resize_with_pillow(picture, target, resample))
-    height, width = picture.size
-    columns_first = _PILLOW_PICKS_ORDER and height - target[0] > 2 * max(0, width - target[1])
-    between = (target[0], width) if columns_first else (height, target[1])
-    options: Any = {"mode": _TORCH_MODES[resample], "antialias": True}
-    if min(height / target[0], width / target[1]) < BOTH_FROM:
-        image = _to_tensor(_resize_with_pillow(picture, between, resample))[None]  # (1, C, *between)
-    else:
-        image = _to_tensor(picture)[None]  # (1, C, height, width)
-        if columns_first:  # otherwise torch goes through `between` by itself
-            image = F.interpolate(image, between, **options)
-    return F.interpolate(image, target, **options)[0]
-
-
-def _resize_with_pillow(picture: Picture, target: tuple[int, int], resample: PILImageResampling) -> Picture:
-    height, width = target
-    return Picture(picture.to_pil().resize((width, height), resample=resample))
-
-
-def _has_alpha(picture: Picture) -> bool:
-    if isinstance(picture.pixels, Image.Image):
-        return picture.pixels.mode == "RGBA"
-    return picture.pixels.shape[2] == 4
-
-
-def _scale_and_normalize(batch: torch.Tensor, scales: list[float], mean: Any, std: Any) -> None:
-    """(x * scale - mean) / std in place, as one division and one addition; batch is float32 (B, C, h, w)."""
-    channels = batch.shape[1]
-    for name, value in (("image_mean", mean), ("image_std", std)):
-        if not isinstance(value, float | int) and len(value) != channels:
-            raise ValueError(f"{name}={tuple(value)} has {len(value)} values for pictures of {channels} channels")
-    scale = torch.tensor(scales if len(set(scales)) > 1 else scales[:1], dtype=torch.float64).view(-1, 1, 1, 1)
-    deviation = torch.as_tensor(std, dtype=torch.float64).view(1, -1, 1, 1)
-    shift = -torch.as_tensor(mean, dtype=torch.float64).view(1, -1, 1, 1) / deviation
-    # Division, because the usual 127.5 is exact in float32 and 1 / 127.5 is not: black and white are -1 and 1.
-    torch.addcdiv(shift.to(batch), batch, (deviation / scale).to(batch), out=batch)
 
 
 def _center_crop(image: torch.Tensor, size: SizeDict) -> torch.Tensor:

@@ -46,7 +46,7 @@ class SiglipProcessor(ProcessorMixin):
         image_processor: a `SiglipImageProcessor` or `SiglipImageProcessorFast`.
         tokenizer: a `SiglipTokenizer` or `SiglipTokenizerFast`.
 
-    Example:
+    Examples:
         >>> processor = SiglipProcessor.from_pretrained(siglip_hf.default_checkpoint())
         >>> inputs = processor(images="cat.jpg", text=["a cat", "a dog"], return_tensors="pt")
         >>> inputs["pixel_values"].shape, inputs["input_ids"].shape

@@ -20,7 +20,7 @@ class Siglip2Processor(SiglipProcessor):
         image_processor: A `Siglip2ImageProcessor` or `Siglip2ImageProcessorFast`.
         tokenizer: A `Siglip2Tokenizer`.
 
-    Example:
+    Examples:
         >>> processor = AutoProcessor.from_pretrained("google/siglip2-base-patch16-naflex")
         >>> inputs = processor(images="cat.jpg", text=["a cat", "a dog"], return_tensors="pt", max_num_patches=1024)
         >>> inputs["pixel_values"].shape, inputs["input_ids"].shape

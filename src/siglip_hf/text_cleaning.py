@@ -41,7 +41,7 @@ def canonicalize_text(
     Returns:
         The canonical text: runs of white space, as of `str.isspace`, are one space, and there is none at the ends.
 
-    Example:
+    Examples:
         >>> canonicalize_text("A photo of  {}, isn't it?", keep_punctuation_exact_string="{}")
         'a photo of {} isnt it'
     """

@@ -252,7 +252,7 @@ class SiglipTokenizer(SiglipTokenization, SentencePieceBackend):
         do_lower_case: Lowercase the text, as in training.
         **kwargs: As of every tokenizer of transformers.
 
-    Example:
+    Examples:
         >>> tokenizer = SiglipTokenizer.from_pretrained("google/siglip-base-patch16-224")
         >>> tokenizer(["a cat", "two dogs"], return_tensors="pt").input_ids.shape
         torch.Size([2, 64])

@@ -41,7 +41,7 @@ class Siglip2Tokenizer(TokenizersBackend):
         model_max_length: Length L of the texts in tokens.
         **kwargs: As of every tokenizer of transformers, e.g. `tokenizer_object`, a `tokenizers.Tokenizer`.
 
-    Example:
+    Examples:
         >>> tokenizer = AutoTokenizer.from_pretrained("google/siglip2-base-patch16-224")
         >>> tokenizer(["A Cat", "Ein Hund"], return_tensors="pt").input_ids.shape
         torch.Size([2, 64])

@@ -86,7 +86,7 @@ class SiglipTokenizerFast(SiglipTokenization, TokenizersBackend):
         do_lower_case: Lowercase the text, as in training.
         **kwargs: As of every fast tokenizer of transformers.
 
-    Example:
+    Examples:
         >>> tokenizer = SiglipTokenizerFast.from_pretrained("google/siglip-base-patch16-224")
         >>> tokenizer("A cat", return_offsets_mapping=True, padding=False)["offset_mapping"]
         [(0, 1), (2, 5), (0, 0)]
