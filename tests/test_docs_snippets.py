@@ -1,63 +1,74 @@
-"""Runs the Python snippets of README.md and docs/, and the commands in their shell blocks, so that they stay true.
+"""Runs the Python snippets and the commands of README.md and docs/ as a reader would, so that they stay true.
 
-The snippets of a page share their names, in order. A snippet after the line `<!-- no-run -->` is not run: it needs the
-network, a GPU or much time. Published names stand for the embedded checkpoint here, or, where that is of another kind,
-for a tiny one of the kind; so do original weights and pictures.
+A page runs from top to bottom in a folder of its own; its snippets share their names. After the line `<!-- no-run -->`
+a block is only read: it needs the network, a GPU, a browser or much time. After `<!-- output -->` a block is what the
+one before it prints. Published names stand for the embedded checkpoint here, or, where that is of another kind, for a
+tiny one of the kind; so do original weights and pictures. Korean pages have no code of their own, see
+scripts/docs_hooks.py.
 """
+
+from __future__ import annotations
 
 import re
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import sentencepiece
+import typer
 from PIL import Image
 
 import big_vision_reference
 import siglip_hf
-from siglip_hf.cli import main
+from siglip_hf import cli
 from tiny_gemma import write_gemma_tokenizer
 from tiny_siglip2 import NAFLEX_VISION
 
 ROOT = Path(__file__).parents[1]
 FIXTURES = ROOT / "tests" / "fixtures"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SNIPPET = re.compile(r"(?P<mark><!-- no-run -->\s*)?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *(page for page in sorted((ROOT / "docs").glob("*.md")) if not page.name.endswith(".ko.md")),
+]
+BLOCK = re.compile(r"^(?:<!-- (?P<mark>[\w-]+) -->\s*)?```(?P<kind>\w*)\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 # What a page needs beyond the package's own dependencies.
 NEEDS = {
     "export": ["onnx", "onnxscript", "onnxruntime"],
     "lora": ["bitsandbytes", "peft"],
     "quantization": ["bitsandbytes", "torchao"],
+    "siglip": ["bitsandbytes"],
 }
 
 
-def snippets(page: Path) -> list[tuple[int, str]]:
-    """Line number and code of each snippet that is to be run."""
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: the line before its first, its language, its text, and what is said about it."""
+
+    line: int
+    kind: str
+    code: str
+    mark: str | None
+
+    def commands(self) -> list[list[str]]:
+        """The commands of a shell block as words, without comments."""
+        lines = self.code.replace("\\\n", " ").splitlines()
+        return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def blocks(page: Path) -> list[Block]:
     text = page.read_text()
     return [
-        (text.count("\n", 0, match.start("code")), match["code"])
-        for match in SNIPPET.finditer(text)
-        if not match["mark"]
+        Block(text.count("\n", 0, match.start("code")), match["kind"], match["code"], match["mark"])
+        for match in BLOCK.finditer(text)
     ]
 
 
-def commands(page: Path) -> list[str]:
-    """The command lines of this package in the shell blocks of a page."""
-    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
-    return [line for block in blocks for line in block.splitlines() if line.startswith("siglip-hf ")]
-
-
-WITH_SNIPPETS = [page for page in PAGES if snippets(page)]
-
-
-def write_pictures(folder: Path) -> None:
-    """The pictures that pages name."""
-    for file in (FIXTURES / "pictures").glob("*.png"):
-        shutil.copy(file, folder)
-    for name, size in (("panorama.png", (240, 60)), ("page.png", (120, 170)), ("thumbnail.png", (40, 40))):
-        Image.open(FIXTURES / "pictures" / "cat.png").resize(size).save(folder / name)
+WITH_CODE = [page for page in PAGES if any(block.kind in ("python", "bash") for block in blocks(page))]
 
 
 def write_original_weights(folder: Path) -> None:
@@ -78,20 +89,16 @@ def write_naflex(folder: Path) -> None:
     siglip_hf.Siglip2ImageProcessor(patch_size=8).save_pretrained(folder)
 
 
-def test_there_are_snippets():
-    names = {page.stem for page in WITH_SNIPPETS}
-    assert {"README", "converting", "export", "lora", "quantization", "sharding", "vision_language_models"} <= names
-
-
-def set_the_scene(page: Path, folder: Path, monkeypatch) -> Callable[[str], str]:
-    """Puts what a page names into a folder, goes there, and returns what turns published names into local ones."""
+def set_the_scene(page: Path, folder: Path) -> Callable[[str], str]:
+    """Puts what a page names into a folder, and returns what turns published names into local ones."""
     (folder / "tests").symlink_to(ROOT / "tests")
-    monkeypatch.chdir(folder)
-    write_pictures(folder)
-    (folder / "photos").mkdir()
-    shutil.copy(FIXTURES / "pictures" / "cat.png", folder / "photos")
+    shutil.copytree(FIXTURES / "pictures", folder / "photos", ignore=lambda _, names: {"README.md"} & set(names))
+    for file in (FIXTURES / "pictures").glob("*.png"):
+        shutil.copy(file, folder)
+    for name, size in (("panorama.png", (240, 60)), ("page.png", (120, 170)), ("thumbnail.png", (40, 40))):
+        Image.open(FIXTURES / "pictures" / "cat.png").resize(size).save(folder / name)
     text = page.read_text()
-    if "naflex" in text:
+    if re.search(r"google/siglip[\w-]*naflex", text):
         write_naflex(folder / "naflex")
     if ".npz" in text:
         write_original_weights(folder)
@@ -103,26 +110,85 @@ def set_the_scene(page: Path, folder: Path, monkeypatch) -> Callable[[str], str]
     return local
 
 
-@pytest.mark.parametrize("page", WITH_SNIPPETS, ids=lambda page: page.stem)
-def test_snippets_run(page, tmp_path, monkeypatch):
+def run_command(words: list[str], read_only: bool) -> None:
+    """Runs a command of this package; of the others, checks that what they name is there."""
+    program, *arguments = words
+    if program == "siglip-hf":
+        if read_only:
+            parse_command(arguments)
+        else:
+            assert cli.main(arguments) == 0, shlex.join(words)
+    elif program == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(arguments) <= set(targets), f"no such target: {shlex.join(words)}"
+    elif program == "pip":
+        listed = (
+            (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+        )
+        extras = re.findall(r"^(\w+) = ", listed, re.MULTILINE)
+        named = re.findall(r"^(?:siglip-hf|\.)\[([\w,-]+)\]$", "\n".join(arguments), re.MULTILINE)
+        assert {extra for names in named for extra in names.split(",")} <= set(extras), shlex.join(words)
+    elif program == "python":
+        source = (ROOT / arguments[0]).read_text()
+        options = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
+        assert [option for option in options if f'"{option}"' not in source] == [], shlex.join(words)
+    else:
+        assert read_only, f"say <!-- no-run --> before a block with {program!r}, or what to check about it, here"
+
+
+def parse_command(arguments: list[str]) -> None:
+    """Fails for a command or an option that does not exist; runs nothing."""
+    command = typer.main.get_command(cli.app)
+    context = command.make_context("siglip-hf", list(arguments))
+    while hasattr(command, "resolve_command"):
+        name, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        context = command.make_context(name, rest, parent=context)
+
+
+def assert_prints(printed: str, expected: str, where: str) -> None:
+    """The same words, and the same numbers up to rounding on another machine."""
+    assert NUMBER.sub("#", printed).split() == NUMBER.sub("#", expected).split(), where
+    for left, right in zip(NUMBER.findall(printed), NUMBER.findall(expected), strict=True):
+        assert float(left) == pytest.approx(float(right), rel=0.02, abs=0.01), where
+
+
+@pytest.mark.parametrize("page", WITH_CODE, ids=lambda page: page.stem)
+def test_page_runs(page, tmp_path, monkeypatch, capsys):
     for package in NEEDS.get(page.stem, ()):
         pytest.importorskip(package)
-    local = set_the_scene(page, tmp_path, monkeypatch)
+    local = set_the_scene(page, tmp_path)
+    monkeypatch.chdir(tmp_path)
     names: dict = {"__name__": "__main__"}
-    for line, code in snippets(page):
-        code = local(code)
-        # Blank lines in front, so that a traceback names the page's own lines.
-        exec(compile("\n" * line + code, str(page), "exec"), names)
+    for block in blocks(page):
+        where = f"{page.name}, line {block.line}"
+        if block.mark == "output":
+            assert_prints(capsys.readouterr().out, block.code, where)
+        elif block.kind == "bash":
+            capsys.readouterr()
+            for words in block.commands():
+                run_command([local(word) for word in words], read_only=block.mark == "no-run")
+        elif block.kind == "python":
+            # Blank lines in front, so that a traceback names the page's own lines.
+            code = compile("\n" * block.line + local(block.code), str(page), "exec")
+            capsys.readouterr()
+            if block.mark != "no-run":
+                exec(code, names)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
-def test_commands_run(page, tmp_path, monkeypatch):
-    for package in NEEDS.get(page.stem, ()):
-        pytest.importorskip(package)
-    local = set_the_scene(page, tmp_path, monkeypatch)
-    for command in commands(page):
-        assert main(shlex.split(local(command))[1:]) == 0, command
+def test_pages_with_code_are_found():
+    names = {page.stem for page in WITH_CODE}
+    assert {"README", "converting", "export", "lora", "quantization", "sharding", "vision_language_models"} <= names
 
 
-def test_there_are_commands():
-    assert {"converting", "export"} <= {page.stem for page in PAGES if commands(page)}
+def test_a_wrong_command_is_found():
+    parse_command(["classify", "a.png", "--labels", "a, b", "--top", "2"])
+    for wrong, named in (
+        ("classify a.png --lables a", "lables"),
+        ("clasify a.png", "clasify"),
+        ("doctor a.png", "a.png"),
+    ):
+        with pytest.raises(Exception, match=named):
+            parse_command(wrong.split())
+    for wrong in ("make tset", "pip install siglip-hf[traning]", "python scripts/bench_loss.py --bach 3", "curl x"):
+        with pytest.raises(AssertionError):
+            run_command(wrong.split(), read_only=False)

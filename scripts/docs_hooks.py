@@ -1,0 +1,93 @@
+"""What the documentation's two languages share, so that they cannot drift: a hook of mkdocs, and what its tests check.
+
+A Korean page `name.ko.md` holds no code of its own. A line `<!-- code: 2 -->` in it stands for the second fenced block
+of `name.md`, a line `<!-- table: 1 -->` for that page's first table (measurements, which are not translated). Its
+headings take the English ones' anchors, so that a link works in both languages.
+"""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import markdown
+
+KOREAN = ".ko.md"
+FENCE = re.compile(r"^(?P<indent> *)```[^\n]*\n.*?^(?P=indent)```$", re.DOTALL | re.MULTILINE)
+TABLE = re.compile(r"(?:^\|[^\n]*\n)+", re.MULTILINE)
+HEADING = re.compile(r"^(#+) .*$", re.MULTILINE)
+PLACEHOLDER = re.compile(r"^(?P<indent> *)<!-- (?P<kind>code|table): (?P<number>\d+) -->$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of an English page that its translation shares.
+
+    Attributes:
+        code: fenced blocks, fences included, without their indentation.
+        tables: tables, each ending with a newline.
+        anchors: level and anchor of each heading, in order.
+    """
+
+    code: list[str]
+    tables: list[str]
+    anchors: list[tuple[int, str]]
+
+
+def without_code(text: str) -> str:
+    """A page with its fenced blocks left out."""
+    return FENCE.sub("", text)
+
+
+def parts(text: str) -> Parts:
+    """Takes an English page apart."""
+    prose = without_code(text) + "\n"
+    converter = markdown.Markdown(extensions=["toc", "attr_list"])
+    converter.convert(prose)
+    return Parts(
+        code=[textwrap.dedent(match[0]) for match in FENCE.finditer(text)],
+        tables=TABLE.findall(prose),
+        anchors=_flat(converter.toc_tokens),  # type: ignore[attr-defined]
+    )
+
+
+def _flat(tokens: list[dict[str, Any]]) -> list[tuple[int, str]]:
+    return [entry for token in tokens for entry in [(token["level"], token["id"]), *_flat(token["children"])]]
+
+
+def translated(korean: str, english: str) -> str:
+    """A Korean page with the English page's code, tables and anchors in place.
+
+    Raises:
+        ValueError: if a placeholder names a part that the English page does not have, or the headings do not match.
+    """
+    shared = parts(english)
+
+    def fill(match: re.Match[str]) -> str:
+        of_kind = shared.code if match["kind"] == "code" else shared.tables
+        number = int(match["number"])
+        if not 1 <= number <= len(of_kind):
+            raise ValueError(f"{match[0].strip()}: the English page has {len(of_kind)} of them.")
+        return textwrap.indent(of_kind[number - 1].rstrip("\n"), match["indent"])
+
+    headings = HEADING.findall(without_code(korean))
+    if [len(marks) for marks in headings] != [level for level, _ in shared.anchors]:
+        raise ValueError(f"{len(headings)} headings do not follow the English page's {len(shared.anchors)}.")
+    anchors = iter(shared.anchors)
+    korean = HEADING.sub(lambda match: f"{match[0]} {{#{next(anchors)[1]}}}", korean)
+    return PLACEHOLDER.sub(fill, korean)
+
+
+def on_page_markdown(text: str, *, page: Any, **_: Any) -> str:
+    """Called by mkdocs with each page's source."""
+    source = str(page.file.abs_src_path)
+    if not source.endswith(KOREAN):
+        return text
+    english = Path(source.removesuffix(KOREAN) + ".md").read_text(encoding="utf-8")
+    try:
+        return translated(text, english)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
