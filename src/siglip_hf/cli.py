@@ -14,9 +14,13 @@ from typing import Annotated
 
 import typer
 
+from siglip_hf.commands.app import app as show_page
 from siglip_hf.commands.classify import classify
 from siglip_hf.commands.convert import convert, export
 from siglip_hf.commands.doctor import doctor
+from siglip_hf.commands.embed import embed
+from siglip_hf.commands.evaluate import evaluate
+from siglip_hf.commands.train import train
 
 app = typer.Typer(
     name="siglip-hf",
@@ -76,5 +80,5 @@ def _options(
     pass
 
 
-for command in (classify, doctor, convert, export):
+for command in (classify, embed, evaluate, train, show_page, doctor, convert, export):
     app.command()(command)

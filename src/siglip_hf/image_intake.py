@@ -21,6 +21,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 
+from .threads import in_threads
+
 #: Above this many pixels a JPEG is decoded at a reduced size (libjpeg scales by 1/2, 1/4 or 1/8 while decoding).
 #: Cameras in ordinary use stay below it, so their pictures are decoded in full and give stock's numbers.
 LARGE_JPEG_PIXELS = 50_000_000
@@ -169,8 +171,14 @@ def iter_pictures(images: Any, **options: Any) -> Iterator[Picture]:
     sources = list(_flatten(images, options.get("keep_floats", False)))
     if not sources:
         raise ValueError(f"No pictures given: got an empty {type(images).__name__}. Pass at least one picture.")
-    for index, source in enumerate(sources):
-        yield read_picture(source, index=index if len(sources) > 1 else None, **options)
+
+    def read(entry: tuple[int, Any]) -> Picture:
+        index, source = entry
+        return read_picture(source, index=index if len(sources) > 1 else None, **options)
+
+    # Objects may be one and the same, or share a file, which two threads must not read at once.
+    apart = all(isinstance(source, str | os.PathLike | bytes) for source in sources)
+    yield from in_threads(read, enumerate(sources)) if apart else map(read, enumerate(sources))
 
 
 def read_picture(
@@ -211,6 +219,27 @@ def read_picture(
             return _from_pil(image, convert_rgb)
     except (ValueError, OSError) as error:
         raise PictureError(_reason(error), _describe(source), index) from error
+
+
+def read_bytes(source: Any, *, timeout: float | None = DEFAULT_TIMEOUT) -> bytes:
+    """The content of a picture's file, undecoded.
+
+    Args:
+        source: a path, a URL, a `data:` URI, a base64 string, bytes, an open binary file, or a dict with `bytes` or
+            `path`; see `load_picture`.
+        timeout: seconds to wait for a URL; None waits for ever.
+
+    Raises:
+        PictureError: naming the picture and why it cannot be read.
+    """
+    try:
+        file = _as_file(source, timeout)
+        if isinstance(file, str):
+            with open(file, "rb") as opened:
+                return opened.read()
+        return file.read()
+    except (ValueError, OSError) as error:
+        raise PictureError(_reason(error), _describe(source)) from error
 
 
 def looks_like_picture_source(text: str) -> bool:

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from siglip_hf.image_intake import PICTURE_SUFFIXES, load_picture
 
@@ -379,6 +381,8 @@ def _place(value: Any, folder: Path) -> str | None:
     if value is None or not str(value).strip():
         return None
     text = str(value).strip()
+    if text.startswith("file://"):
+        return url2pathname(urlsplit(text).path)
     return text if "://" in text or os.path.isabs(text) else str(folder / text)
 
 

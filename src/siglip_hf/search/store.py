@@ -252,7 +252,7 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
         path: the folder.
         manifest: as it was found, or as it was begun.
         known: stamp of each row by its id.
-        recovered: rows found in batches of an interrupted run.
+        unread: ids of the rows whose content could not be read.
     """
 
     def __init__(self, path: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -285,7 +285,7 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
             self._write_manifest()
         self.known: dict[str, str | None] = {}
         self._files: dict[Path, list[str]] = {}  # ids of each part and batch, in order
-        self.recovered = 0
+        self.unread: set[str] = set()
         for file in sorted(self.path.iterdir(), key=lambda file: (_BATCH.fullmatch(file.name) is not None, file.name)):
             is_batch = _BATCH.fullmatch(file.name) is not None
             if not is_batch and not _PART.fullmatch(file.name):
@@ -293,14 +293,14 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
             if _count_rows(file) is None:  # the machine lost power while it was written
                 file.unlink()
                 continue
-            table = _read(file, ["id", "stamp"])
+            table = _read(file, ["id", "stamp", "sha256"])
             ids = table["id"].to_pylist()
             if is_batch and ids[0] in self.known:
                 file.unlink()  # its part was written, and the run was killed before this
                 continue
             self._files[file] = ids
             self.known.update(zip(ids, table["stamp"].to_pylist(), strict=True))
-            self.recovered += len(ids) if is_batch else 0
+            self.unread.update(table.filter(table["sha256"].is_null())["id"].to_pylist())
 
     def __exit__(self, *error: object) -> None:
         self._closing.close()
