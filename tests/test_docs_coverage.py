@@ -140,7 +140,7 @@ def test_has_a_docstring(name):
     docstring = THINGS[name].__dict__.get("__doc__") if inspect.isclass(THINGS[name]) else THINGS[name].__doc__
     assert docstring, f"{name} has no docstring"
     assert not re.search(r"^\s*Example:", docstring, re.MULTILINE), (
-        f'{name}: the reference shows code under "Examples:"'
+        f'{name}: code belongs under "Examples:"'
     )
 
 
