@@ -1,0 +1,215 @@
+"""The pages in a real browser: Chromium, headless, with nothing but this machine to reach.
+
+Each test leaves a screenshot in build/screenshots. With SIGLIP_HF_DOC_SCREENSHOTS=1 the pictures of docs/apps.md are
+made anew.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("gradio")
+pytest.importorskip("selenium")
+
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import WebDriverWait
+
+import siglip_hf
+from siglip_hf.apps import compare, multilingual, page
+from siglip_hf.apps.scorers import load_scorer
+
+ROOT = Path(__file__).parents[2]
+SCREENSHOTS = ROOT / "build" / "screenshots"
+PICTURES = {Path(path).stem: Path(path) for path in page.demo_pictures()}
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+DRIVER = shutil.which("chromedriver")
+WAIT = 60  # seconds; a shared machine may be slow, and a page that works is seldom waited for
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium here (Debian's package: chromium)"),
+    pytest.mark.skipif(not DRIVER, reason="no chromedriver here (Debian's package: chromium-driver)"),
+]
+
+
+class Page:
+    """A page in the browser, and what a person does there."""
+
+    def __init__(self, driver: webdriver.Chrome, address: str):
+        self.driver, self.address = driver, address
+
+    def open(self) -> None:
+        self.driver.get(self.address)
+        self.wait(lambda: self.all("#picture input[type=file]") or self.all("#draw canvas"), "the page")
+
+    def all(self, selector: str) -> list[WebElement]:
+        return self.driver.find_elements(By.CSS_SELECTOR, selector)
+
+    def one(self, selector: str) -> WebElement:
+        return self.wait(lambda: self.all(selector), selector)[0]
+
+    def wait(self, condition: Callable, what: str):
+        return WebDriverWait(self.driver, WAIT, ignored_exceptions=[Exception]).until(
+            lambda _: condition(), f"waited for {what}; the page says: {self.text('body')[-1500:]}"
+        )
+
+    def text(self, selector: str) -> str:
+        return " ".join(element.text for element in self.all(selector))
+
+    def see(self, selector: str, *words: str) -> str:
+        """Waits until an element holds all words, and returns what it says."""
+        self.wait(lambda: all(word in self.text(selector) for word in words), f"{words} in {selector}")
+        return self.text(selector)
+
+    def upload(self, path: Path) -> None:
+        for clear in self.all("#picture button[aria-label=Clear]"):
+            self.driver.execute_script("arguments[0].click()", clear)
+        self.one("#picture input[type=file]").send_keys(str(path))
+
+    def write(self, selector: str, text: str) -> None:
+        """Replaces what a text field holds, as typing does."""
+        field = self.one(selector)
+        self.driver.execute_script("arguments[0].value = ''", field)
+        field.send_keys(text)
+
+    def click(self, selector: str) -> None:
+        self.driver.execute_script("arguments[0].click()", self.one(selector))
+
+    def screenshot(self, name: str, for_docs: bool = False) -> None:
+        SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+        path = SCREENSHOTS / f"{name}.png"
+        self.driver.save_screenshot(str(path))
+        if for_docs and os.environ.get("SIGLIP_HF_DOC_SCREENSHOTS"):
+            target = ROOT / "docs" / "img" / f"app-{name}.png"
+            target.parent.mkdir(exist_ok=True)
+            shot = Image.open(path).convert("RGB")
+            shot.quantize(96, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(target, optimize=True)
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in (
+        "headless=new",
+        "no-sandbox",  # tests may run as root
+        "disable-gpu",
+        "enable-unsafe-swiftshader",  # the drawing board needs WebGL
+        "disable-dev-shm-usage",
+        "disable-quic",
+        "no-first-run",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+        "window-size=1280,1000",
+        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
+    ):
+        options.add_argument(f"--{argument}")
+    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+    driver = webdriver.Chrome(service=Service(DRIVER), options=options)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    torch.set_num_threads(1)  # a model this small only waits when its work is shared out among threads
+    return load_scorer(siglip_hf.default_checkpoint())
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory) -> Path:
+    """The first half of a picture's file."""
+    path = tmp_path_factory.mktemp("broken") / "broken.png"
+    content = PICTURES["cat"].read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    return path
+
+
+def serve(driver: webdriver.Chrome, blocks) -> Iterator[Page]:
+    yield Page(driver, page.serve(blocks, wait=False))
+    blocks.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def compare_page(driver, embedded) -> Iterator[Page]:
+    yield from serve(driver, compare.build([embedded]))
+
+
+@pytest.fixture(scope="module")
+def multilingual_page(driver, embedded) -> Iterator[Page]:
+    yield from serve(driver, multilingual.build([embedded]))
+
+
+def assert_all_from_here(shown: Page) -> None:
+    """Whatever the pages asked for so far came from this machine, or was part of them."""
+    requests = [
+        message["params"]["request"]["url"]
+        for entry in shown.driver.get_log("performance")
+        if (message := json.loads(entry["message"])["message"])["method"] == "Network.requestWillBeSent"
+    ]
+    assert any(url.startswith(shown.address) for url in requests)
+    own = ("http://127.0.0.1:", "data:", "blob:", "chrome:", "chrome-")
+    assert [url for url in requests if not url.startswith(own)] == []
+
+
+def test_compare(compare_page):
+    shown = compare_page
+    shown.open()
+    said = shown.see("#results", "siglip-hf-pictures-64", "cat", "ms")  # of the picture it starts with
+    assert said.index("cat") < said.index("dog")
+    assert shown.all("#results img[alt='what the pooling head looks at']")
+    shown.screenshot("compare", for_docs=True)
+
+    shown.write("#labels textarea", "rocket, strawberry")
+    shown.click("#compare")
+    said = shown.see("#results", "strawberry")
+    assert "dog" not in said
+    assert_all_from_here(shown)
+
+
+def test_compare_takes_an_example_and_survives_what_is_no_picture(compare_page, broken, tmp_path):
+    shown = compare_page
+    shown.open()
+    shown.upload(broken)
+    said = shown.see("#results .problem", "broken.png")
+    assert "/tmp" not in said
+    shown.screenshot("compare-broken")
+    (tmp_path / "notes.png").write_text("no picture at all")
+    shown.upload(tmp_path / "notes.png")
+    shown.see("#results .problem", "notes.png")
+    shown.upload(PICTURES["rocket"])
+    said = shown.see("#results", "siglip-hf-pictures-64")
+    assert said.index("rocket") < said.index("cat")
+
+    shown.write("#template textarea", "no place for the label")
+    shown.click("#compare")
+    shown.see("#results .problem", "no single '{}'")
+
+
+def test_multilingual(multilingual_page, broken):
+    shown = multilingual_page
+    shown.open()
+    shown.upload(broken)
+    shown.see("#results .problem", "broken.png")
+    shown.upload(PICTURES["rocket"])
+    said = shown.see("#results", "languages say 'rocket'", "ракета", "로켓")
+    assert "10 of 10" in said
+    shown.screenshot("multilingual", for_docs=True)
+
+    shown.write("#labels textarea", "Deutsch: Rakete, Katze\nEnglish: rocket")
+    shown.click("#compare")
+    shown.see("#results .problem", "'English' has 1 labels")
+    assert_all_from_here(shown)
