@@ -2,6 +2,7 @@
 
 import importlib.util
 import io
+import itertools
 import json
 import sys
 
@@ -14,7 +15,8 @@ from transformers.models.siglip.image_processing_pil_siglip import SiglipImagePr
 from siglip_hf import image_intake
 from siglip_hf.image_intake import PictureError
 from siglip_hf.image_processing_siglip import SiglipImageProcessor
-from siglip_hf.image_processing_siglip_fast import BOTH_FROM, SiglipImageProcessorFast
+from siglip_hf.image_processing_siglip_fast import SiglipImageProcessorFast
+from siglip_hf.image_tensors import BOTH_FROM
 
 BOTH = pytest.mark.parametrize("processor_class", [SiglipImageProcessor, SiglipImageProcessorFast])
 LEVEL = 1 / 255 + 1e-6  # of 0..1, with room for float32
@@ -305,15 +307,20 @@ def test_a_large_jpeg_is_not_decoded_in_full(processor_class, monkeypatch):
 
 
 @BOTH
-def test_files_of_a_batch_are_decoded_one_by_one(processor_class, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])
+def test_few_files_of_a_batch_lie_decoded_at_a_time(processor_class, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     events = []
     monkeypatch.setattr(image_intake, "_upright", lambda image: events.append("decoded") or image)
     original = Image.Image.resize
     monkeypatch.setattr(
         Image.Image, "resize", lambda self, *a, **k: events.append("resized") or original(self, *a, **k)
     )
-    processor_class(size=SMALL)([encode(Image.new("RGB", (20, 20)))] * 3)
-    assert events == ["decoded", "resized"] * 3
+    processor_class(size=SMALL)([encode(Image.new("RGB", (20, 20)))] * 30)
+    assert events.count("decoded") == events.count("resized") == 30
+    waiting = list(itertools.accumulate(1 if event == "decoded" else -1 for event in events))
+    # One by one without threads; else as many as each of the two steps, decoding and resizing, lets wait.
+    assert max(waiting) <= (1 if threads == 1 else 2 * (threads + 1))
 
 
 @BOTH

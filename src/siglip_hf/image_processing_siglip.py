@@ -25,7 +25,8 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 
 from .image_intake import Picture, iter_pictures, load_picture
-from .image_tensors import in_threads, resize_with_pillow
+from .image_tensors import resize_with_pillow
+from .threads import in_threads
 
 
 def resized_size(size: SizeDict, height: int, width: int) -> tuple[int, int]:

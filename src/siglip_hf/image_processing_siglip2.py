@@ -18,7 +18,8 @@ from transformers.processing_utils import ImagesKwargs
 
 from .image_intake import Picture, iter_pictures
 from .image_processing_siglip import SiglipImageProcessor, SiglipImageProcessorBase, pillow_filter, value_scale
-from .image_tensors import in_threads, resize_with_pillow
+from .image_tensors import resize_with_pillow
+from .threads import in_threads
 
 
 @functools.lru_cache(maxsize=4096)
@@ -250,7 +251,8 @@ class Siglip2ImageProcessor(Siglip2ImageProcessorBase, SiglipImageProcessor):
             elif patches.dtype == np.uint8:
                 # Only 256 values go through the arithmetic; the pixels look up its results.
                 levels = np.broadcast_to(np.arange(256, dtype=np.uint8), (channels, 1, 256))
-                _look_up(self._finish(levels, scale, do_normalize, image_mean, image_std)[:, 0], patches, filled)
+                table = self._finish(levels, scale, do_normalize, image_mean, image_std)[:, 0]
+                _look_up(table.astype(values.dtype), patches, filled)
             else:
                 planes = self._finish(np.moveaxis(patches, -1, 0), scale, do_normalize, image_mean, image_std)
                 filled[:] = np.moveaxis(planes, 0, -1)

@@ -13,8 +13,10 @@ from transformers.image_processing_utils import BatchFeature
 
 from .image_intake import Picture
 from .image_processing_siglip import pillow_filter, value_scale
-from .image_processing_siglip2 import Siglip2ImageProcessorBase, largest_budget, with_sizes
-from .image_processing_siglip_fast import SiglipImageProcessorFast, _resize, _scale_and_normalize, _to_tensor
+from .image_processing_siglip2 import Siglip2ImageProcessorBase, channels_of_batch, largest_budget, with_sizes
+from .image_processing_siglip_fast import SiglipImageProcessorFast
+from .image_tensors import division_and_shift, empty_batch, resize, to_tensor
+from .threads import in_threads
 
 
 class Siglip2ImageProcessorFast(Siglip2ImageProcessorBase, SiglipImageProcessorFast):
@@ -45,31 +47,33 @@ class Siglip2ImageProcessorFast(Siglip2ImageProcessorBase, SiglipImageProcessorF
         device: torch.device,
         **kwargs: Any,
     ) -> BatchFeature:
-        mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
-        pixels, scales = [], []
-        for picture, size in with_sizes(images, do_resize, patch_size, max_num_patches):
-            resized = _resize(picture, size, pillow_filter(resample)) if do_resize else _to_tensor(picture)
-            pixels.append(resized)  # (C, height, width)
-            scales.append(value_scale(picture, do_rescale, rescale_factor))
+        def resized(entry: tuple[Picture, tuple[int, int]]) -> tuple[torch.Tensor, float]:
+            picture, size = entry
+            pixels = resize(picture, size, pillow_filter(resample)) if do_resize else to_tensor(picture)
+            return pixels, value_scale(picture, do_rescale, rescale_factor)
+
+        sized = with_sizes(images, do_resize, patch_size, max_num_patches)
+        pixels, scales = map(list, zip(*in_threads(resized, sized), strict=True))  # (C, height, width) each
+        channels = channels_of_batch(item.shape[0] for item in pixels)
         as_they_are = not do_normalize and all(scale == 1 for scale in scales)
-        channels = {item.shape[0] for item in pixels}
-        if len(channels) > 1:
-            raise ValueError(f"pictures of {sorted(channels)} channels cannot share a batch; leave do_convert_rgb on")
-        values = torch.empty(
-            (len(pixels), largest_budget(max_num_patches), patch_size**2 * channels.pop()),
-            dtype=pixels[0].dtype if as_they_are else torch.float32,
-            device=device,
+        values = empty_batch(
+            (len(pixels), largest_budget(max_num_patches), patch_size**2 * channels),
+            pixels[0].dtype if as_they_are else torch.float32,
+            device,
         )  # (B, N, p * p * C)
+        mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
         shapes = []
         for item, scale, patches in zip(pixels, scales, values, strict=True):
             rows, columns = item.shape[1] // patch_size, item.shape[2] // patch_size
-            filled = patches[: rows * columns]
-            filled.view(rows, columns, patch_size, patch_size, -1).copy_(
+            filled = patches[: rows * columns]  # (n, p * p * C)
+            filled.view(rows, columns, patch_size, patch_size, channels).copy_(
                 item.unflatten(2, (columns, patch_size)).unflatten(1, (rows, patch_size)).permute(1, 3, 2, 4, 0)
             )
             if not as_they_are:
-                by_channel = filled.view(-1, item.shape[0]).t()  # (C, n * p * p)
-                _scale_and_normalize(by_channel[None, ..., None], [scale], mean, std)
+                division, shift = division_and_shift(scale, mean, std, channels)
+                # As long as a patch, because a vector is what torch's kernel is fast on.
+                division, shift = (value.repeat(patch_size**2).to(device) for value in (division, shift))
+                torch.addcdiv(shift, filled, division, out=filled)
             patches[rows * columns :] = 0
             shapes.append((rows, columns))
         spatial_shapes = torch.tensor(shapes, device=device)  # (B, 2)

@@ -16,7 +16,8 @@ from transformers.image_utils import ChannelDimension, SizeDict
 
 from .image_intake import Picture
 from .image_processing_siglip import SiglipImageProcessorBase, pillow_filter, resized_size, value_scale
-from .image_tensors import BOTH_FROM, divide_and_shift, division_and_shift, empty_batch, in_threads, resize, to_tensor
+from .image_tensors import divide_and_shift, division_and_shift, empty_batch, resize, to_tensor
+from .threads import in_threads
 
 
 class SiglipImageProcessorFast(SiglipImageProcessorBase):

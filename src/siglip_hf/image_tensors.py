@@ -1,0 +1,104 @@
+"""Pictures to tensors, shared by the image processors: antialiased resizing, scaling, and the memory of a batch."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from transformers.image_utils import PILImageResampling
+
+from .image_intake import Picture
+
+#: How many times as large as the result a picture must be, on both sides, for torch to resize it in both directions.
+BOTH_FROM = 1.75
+
+# Pillow 13 (python-pillow/Pillow#9549) filters the columns first if that saves much; before, the rows came first.
+_PILLOW_PICKS_ORDER = int(PIL.__version__.partition(".")[0]) >= 13
+
+_TORCH_MODES = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
+
+
+def empty_batch(shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> torch.Tensor:
+    """An uninitialized tensor. On the CPU it is NumPy's memory, which comes in huge pages where it is large.
+
+    Fresh memory in pages of 4 KB costs more time than all the arithmetic on a batch of pictures.
+    """
+    if torch.device(device).type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    count = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.empty(count, np.uint8)).view(dtype).view(shape)
+
+
+def to_tensor(picture: Picture) -> torch.Tensor:
+    """(C, height, width) in channels-last memory, for which torch's 8-bit kernels are made."""
+    return torch.from_numpy(picture.to_array()).permute(2, 0, 1)
+
+
+def resize(picture: Picture, target: tuple[int, int], resample: PILImageResampling) -> torch.Tensor:
+    """uint8 (C, *target), in one direction and then in the other, each rounded to 8 bits as Pillow does."""
+    # Pillow filters RGBA with premultiplied alpha, which torch cannot.
+    if resample not in _TORCH_MODES or _has_alpha(picture):
+        return to_tensor(resize_with_pillow(picture, target, resample))
+    height, width = picture.size
+    columns_first = _PILLOW_PICKS_ORDER and height - target[0] > 2 * max(0, width - target[1])
+    between = (target[0], width) if columns_first else (height, target[1])
+    options: Any = {"mode": _TORCH_MODES[resample], "antialias": True}
+    if min(height / target[0], width / target[1]) < BOTH_FROM:
+        image = to_tensor(resize_with_pillow(picture, between, resample))[None]  # (1, C, *between)
+    else:
+        image = to_tensor(picture)[None]  # (1, C, height, width)
+        if columns_first:  # otherwise torch goes through `between` by itself
+            image = F.interpolate(image, between, **options)
+    return F.interpolate(image, target, **options)[0]
+
+
+def resize_with_pillow(picture: Picture, target: tuple[int, int], resample: PILImageResampling) -> Picture:
+    """A picture of `target` (height, width) pixels."""
+    height, width = target
+    return Picture(picture.to_pil().resize((width, height), resample=resample), picture.unit_range)
+
+
+def _has_alpha(picture: Picture) -> bool:
+    if isinstance(picture.pixels, Image.Image):
+        return picture.pixels.mode == "RGBA"
+    return picture.pixels.shape[2] == 4
+
+
+def division_and_shift(scale: float, mean: Any, std: Any, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x * scale - mean) / std as one division and one addition: x / division + shift.
+
+    Args:
+        scale: Of all values.
+        mean: One value, or one for each channel.
+        std: One value, or one for each channel.
+        channels: C.
+
+    Returns:
+        Division and shift, (C,) float32 each.
+
+    Raises:
+        ValueError: If there are not as many values as channels.
+    """
+    for name, value in (("image_mean", mean), ("image_std", std)):
+        if not isinstance(value, float | int) and len(value) != channels:
+            raise ValueError(f"{name}={tuple(value)} has {len(value)} values for pictures of {channels} channels")
+    deviation = torch.as_tensor(std, dtype=torch.float64).expand(channels)
+    shift = -torch.as_tensor(mean, dtype=torch.float64).expand(channels) / deviation
+    # Division, because the usual 127.5 is exact in float32 and 1 / 127.5 is not: black and white are -1 and 1.
+    return (deviation / scale).float(), shift.float()
+
+
+def divide_and_shift(pixels: torch.Tensor, division: torch.Tensor, shift: torch.Tensor) -> None:
+    """pixels / division + shift in place, for float32 pixels (C, height, width) and what `division_and_shift` gives."""
+    division, shift = division.to(pixels.device), shift.to(pixels.device)
+    if pixels.device.type != "cpu":
+        torch.addcdiv(shift[:, None, None], pixels, division[:, None, None], out=pixels)
+        return
+    # On a CPU that kernel takes several times as long where its operands are no vectors; the numbers are the same.
+    for plane, divisor, offset in zip(pixels, division, shift, strict=True):
+        plane.div_(divisor).add_(offset)

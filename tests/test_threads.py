@@ -1,0 +1,53 @@
+"""Work in threads gives the same results, in order, few at a time, and passes errors on."""
+
+import os
+import threading
+
+import pytest
+import torch
+
+from siglip_hf.threads import in_threads
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request, monkeypatch) -> int:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    return request.param
+
+
+def test_results_come_in_order_and_few_wait(threads):
+    taken = []
+    results = in_threads(lambda item: item * item, (taken.append(item) or item for item in range(50)))
+    assert next(results) == 0
+    assert len(taken) <= threads + 1
+    assert list(results) == [item * item for item in range(1, 50)]
+
+
+def test_as_many_threads_work_as_torch_uses(threads):
+    names = set()
+    meet = threading.Barrier(threads, timeout=20)
+
+    def work(item: int) -> None:
+        meet.wait()  # passes only if so many are at work at once
+        names.add(threading.current_thread().name)
+
+    list(in_threads(work, range(2 * threads)))
+    assert len(names) == threads
+    assert (threading.current_thread().name in names) == (threads == 1)
+
+
+def test_a_single_item_needs_no_thread(threads):
+    assert list(in_threads(lambda item: threading.current_thread(), [0])) == [threading.current_thread()]
+    assert list(in_threads(str, [])) == []
+
+
+def test_errors_are_passed_on(threads):
+    def items():
+        yield from (1, 2, 3)
+        raise OSError("no more")
+
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda item: 1 / item, [1, 0, 2, 0]))
+    with pytest.raises(OSError, match="no more"):
+        list(in_threads(str, items()))
