@@ -1,0 +1,77 @@
+"""`siglip-hf app`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from siglip_hf.commands import no_library_progress, progress_bar
+
+
+class PageName(str, Enum):
+    """The pages there are."""
+
+    search = "search"
+    compare = "compare"
+    multilingual = "multilingual"
+
+
+def app(
+    page_name: Annotated[PageName, typer.Argument(metavar="search|compare|multilingual", help="The page.")],
+    index: Annotated[
+        Path | None,
+        typer.Option(help="search: a folder made by `siglip-hf index`; without it the pictures of the demo."),
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="compare, multilingual: a checkpoint, or open_clip:MODEL/WEIGHTS; may be given several times. "
+            "Without it the embedded one, with no network."
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 lets everyone on your network use the page.")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="The first free one from 7860 by default.")] = None,
+    share: Annotated[
+        bool, typer.Option("--share", help="Make a public address too, through the servers of Gradio.")
+    ] = False,
+) -> int:
+    """Try SigLIP on a web page.
+
+    search: find pictures by a drawing, a picture or words.
+    compare: models side by side on one picture.
+    multilingual: labels in many languages.
+    """
+    if index is not None and page_name is not PageName.search:
+        raise ValueError(f"--index is for the page search, not {page_name.value}.")
+    if model and page_name is PageName.search:
+        raise ValueError("the page search uses the model that its index was made with; --model is for the others.")
+    from siglip_hf import default_checkpoint
+    from siglip_hf.apps import page
+
+    page.import_gradio()  # first, because a model takes its time to load
+    with no_library_progress(), progress_bar() as progress:
+        if page_name is PageName.search:
+            from siglip_hf.apps import search
+
+            task = progress.add_task("opening the index", total=None)
+            blocks = search.build(search.open_index(index, device))
+        else:
+            from siglip_hf.apps import compare, multilingual
+            from siglip_hf.apps.scorers import load_scorer
+
+            names = model or [default_checkpoint()]
+            task = progress.add_task("loading", total=len(names))
+            scorers = []
+            for name in names:
+                scorers.append(load_scorer(name, device))
+                progress.advance(task)
+            build = compare.build if page_name is PageName.compare else multilingual.build
+            blocks = build(scorers)
+    page.serve(blocks, host, port, share)
+    return 0
