@@ -20,6 +20,7 @@ from PIL import Image
 
 from siglip_hf.image_intake import load_picture, read_bytes
 from siglip_hf.prefetch import prefetch
+from siglip_hf.search import store
 from siglip_hf.search.store import MANIFEST, EmbeddingStore, EmbeddingWriter, Manifest, tar_path
 from siglip_hf.sources import DatasetCell, Record, Source, TarMember, open_source
 
@@ -277,6 +278,7 @@ def _manifest(embedder: SiglipEmbedder, kind: Literal["image", "text"], dtype: A
         dimension=embedder.dimension,
         dtype=dtype,
         compute_dtype=str(embedder.dtype).removeprefix("torch."),
+        part_rows=store.PART_ROWS,
     )
 
 

@@ -67,6 +67,8 @@ def embed_on_ray(
         ValueError: if there is no cluster at the address, or the actors do not fit in it.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # What goes wrong arrives as an exception; the lines of its core are for developers of Ray.
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
         import ray.data
@@ -101,7 +103,7 @@ def embed_on_ray(
                 _Actor,
                 fn_constructor_args=([ray.put(list(items))], options, cores),
                 batch_size=1,
-                concurrency=min(count, len(tasks)),
+                compute=ray.data.ActorPoolStrategy(size=min(count, len(tasks))),
                 num_cpus=cores,
                 num_gpus=1 if gpus else 0,
             )

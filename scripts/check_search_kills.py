@@ -1,0 +1,170 @@
+"""Kills `siglip-hf embed` and `index` at random moments, runs them again, and compares the results byte for byte.
+
+Each run is a process of its own, ended by SIGKILL. After every kill the rows on disk are counted: none may be lost, and
+the next run must do exactly those that are missing. Run: python scripts/check_search_kills.py --kills 50
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import random
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+BATCH_SIZE, PART_ROWS = 4, 24  # small, so that there are many moments to be killed at
+
+
+def main() -> None:
+    """Parses the options, checks and prints."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=50, help="of each command")
+    parser.add_argument("--pictures", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--model", help="a checkpoint; the embedded one by default")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        photos = write_pictures(Path(folder) / "photos", options.pictures, options.seed)
+        for name, check in (("embed", check_embed), ("index", check_index)):
+            result = check(Path(folder), photos, options.kills, options.seed, options.model)
+            print(
+                f"{name}: {result['kills']} kills in {result['jobs']} jobs, each ended like an unbroken one, byte for "
+                f"byte; {result['resumed']} runs went on from rows on disk"
+                + (", none lost, none done twice")
+                * (name == "embed")
+            )
+
+
+def check_embed(folder: Path, photos: Path, kills: int, seed: int = 0, model: str | None = None) -> dict[str, int]:
+    """Kills embedding; see `_kill_and_compare`."""
+
+    def run(out: Path, report: Path) -> tuple[Any, ...]:
+        return _embed, (str(photos), str(out), str(report), model)
+
+    return _kill_and_compare(folder / "embeddings", run, kills, seed, _count_rows)
+
+
+def check_index(folder: Path, photos: Path, kills: int, seed: int = 0, model: str | None = None) -> dict[str, int]:
+    """Kills the indexing of embeddings; see `_kill_and_compare`."""
+    embeddings = folder / "to_index"
+    _embed(str(photos), str(embeddings), str(folder / "report.json"), model)
+
+    def run(out: Path, report: Path) -> tuple[Any, ...]:
+        return _index, (str(embeddings), str(out), str(report))
+
+    return _kill_and_compare(folder / "index", run, kills, seed, lambda out: 0)
+
+
+def write_pictures(folder: Path, count: int, seed: int = 0) -> Path:
+    """Small JPEG files of coloured noise, one in twenty of them cut off."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(seed)
+    for number in range(count):
+        pixels = Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize((80, 64))
+        file = folder / f"{number:05d}.jpg"
+        pixels.save(file)
+        if number % 20 == 7:
+            file.write_bytes(file.read_bytes()[:200])
+    return folder
+
+
+def _kill_and_compare(
+    out: Path, run: Callable[[Path, Path], tuple[Any, ...]], kills: int, seed: int, count_rows: Callable[[Path], int]
+) -> dict[str, int]:
+    """Runs a job with kills until it is done, again and again, until there were enough kills.
+
+    Raises:
+        AssertionError: if rows are lost or done twice, or a result differs from the unbroken run's.
+    """
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["siglip_hf.search.embed", "siglip_hf.search.embedder", "siglip_hf.modeling_siglip"])
+    rng = random.Random(seed)
+    report = out.with_suffix(".json")
+
+    def start() -> Any:
+        function, arguments = run(out, report)
+        process = context.Process(target=function, args=arguments)
+        process.start()
+        return process
+
+    for _ in range(2):  # the first run also starts the server of processes
+        shutil.rmtree(out, ignore_errors=True)
+        began = time.monotonic()
+        process = start()
+        process.join()
+        seconds = time.monotonic() - began
+        assert process.exitcode == 0, "the unbroken run fails"
+    unbroken = _digests(out)
+
+    result = {"kills": 0, "jobs": 0, "resumed": 0}
+    while result["kills"] < kills:
+        shutil.rmtree(out, ignore_errors=True)
+        result["jobs"] += 1
+        present = 0
+        while True:
+            report.unlink(missing_ok=True)
+            process = start()
+            if result["kills"] < kills:
+                process.join(rng.uniform(0, seconds))
+            else:
+                process.join()
+            if process.exitcode is not None:
+                assert process.exitcode == 0, f"a run fails with {process.exitcode}"
+                break
+            process.kill()
+            process.join()
+            result["kills"] += 1
+            found = count_rows(out)
+            assert found >= present, f"{present} rows before, {found} now"
+            result["resumed"] += found > 0
+            present = found
+        kept = json.loads(report.read_text())
+        assert kept in (None, present), f"{present} rows were there, and {kept} were kept"
+        assert _digests(out) == unbroken, "the result is not that of the unbroken run"
+    return result
+
+
+def _embed(photos: str, out: str, report: str, model: str | None) -> None:
+    from siglip_hf.search import store
+    from siglip_hf.search.embed import embed_source
+
+    store.PART_ROWS = PART_ROWS
+    result = embed_source(photos, out, model=model, device="cpu", batch_size=BATCH_SIZE)
+    Path(report).write_text(json.dumps(result.kept))
+
+
+def _index(embeddings: str, out: str, report: str) -> None:
+    from siglip_hf.search.index_source import index_embeddings
+    from siglip_hf.search.store import EmbeddingStore
+
+    index_embeddings(EmbeddingStore.open(embeddings), out)
+    Path(report).write_text("null")
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file; the lock holds the number of a process."""
+    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != ".lock")
+    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _count_rows(folder: Path) -> int:
+    """Distinct ids in the Parquet files."""
+    import pyarrow.parquet as parquet
+
+    ids: set[str] = set()
+    for file in folder.glob("[!.]*.parquet"):
+        ids.update(parquet.read_table(file, columns=["id"])["id"].to_pylist())
+    return len(ids)
+
+
+if __name__ == "__main__":
+    main()
