@@ -66,7 +66,9 @@ def cached_backward(
             returns `image_embeds` and `text_embeds`, and owns `logit_scale` and `logit_bias`. DDP and FSDP exchange
             gradients once, with the last micro-batch, or not at all inside the caller's `no_sync`.
         micro_batches: Keyword arguments of the model, such as `input_ids` and `pixel_values`. Sizes may differ. With
-            DDP their number may differ between processes; with FSDP it may not.
+            DDP their number may differ between processes; with FSDP it may not. Tensors may wait on the CPU: each
+            micro-batch is moved to the model's device for itself. `image_embeds` (B, E), L2-normalized, may stand in
+            for pictures, as stored by locked-image tuning.
         group: Process group over which the loss is global. By default that of DDP; to be given with FSDP.
         chunk_size: See `sigmoid_loss`.
         positives: (B,) integers for the whole batch of this process; see `sigmoid_loss`.
@@ -87,7 +89,7 @@ def cached_backward(
         raise ValueError("micro_batches is empty: a step needs at least one.")
     if keep_graphs < 1:
         raise ValueError(f"keep_graphs must be at least 1, but is {keep_graphs}.")
-    owner = _owner_of_scale(model)
+    owner = owner_of_scale(model)
     if group is None:
         group = getattr(model, "process_group", None)
     # The first ones are embedded again, the others keep their graphs. The exchange of gradients is prepared by a
@@ -103,7 +105,7 @@ def cached_backward(
             visits.append(_Visit(model, batch))
 
     with torch.enable_grad():
-        scalars = [_whole(owner.logit_scale), _whole(owner.logit_bias)]
+        scalars = [whole_parameter(owner.logit_scale), whole_parameter(owner.logit_bias)]
         leaves = [
             torch.cat([visit.images.detach() for visit in visits]).requires_grad_(visits[-1].images.requires_grad),
             torch.cat([visit.texts.detach() for visit in visits]).requires_grad_(visits[-1].texts.requires_grad),
@@ -142,7 +144,7 @@ class _Visit:
         devices = {parameter.device for parameter in model.parameters()}
         self.batch = batch
         self.state = _random_state(devices)
-        self.images, self.texts = _embed(model, batch)
+        self.images, self.texts = embed_pairs(model, batch)
         for name, embeds in (("image_embeds", self.images), ("text_embeds", self.texts)):
             if embeds is None:
                 raise ValueError(
@@ -163,17 +165,27 @@ class _Visit:
         present = _random_state(self.state)
         _set_random_state(self.state)
         try:
-            return _embed(model, batch)
+            return embed_pairs(model, batch)
         finally:
             _set_random_state(present)
 
 
-def _embed(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, Any]:
-    """The embeddings of a micro-batch, in a graph where gradients are on."""
+def embed_pairs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The embeddings of a micro-batch of images and texts, in a graph where gradients are on; None for what is missing.
+
+    `image_embeds` in the batch are handed through.
+    """
     # Autocast keeps the weights it has converted. Converted without a graph, they would have no gradient later.
     torch.clear_autocast_cache()
-    output = model(**batch, return_dict=True)
-    return output.image_embeds, output.text_embeds
+    device = next(model.parameters()).device
+    inputs = {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and value.device.type == "cpu" else value
+        for name, value in batch.items()
+    }
+    stored = inputs.pop("image_embeds", None)
+    output = model(**inputs, return_dict=True) if inputs else None
+    images, texts = (None, None) if output is None else (output.image_embeds, output.text_embeds)
+    return images if stored is None else stored, texts
 
 
 def _send_back(roots: list[_Root]) -> None:
@@ -189,7 +201,7 @@ def _parts(grad: Tensor | None, sizes: list[int]) -> list[Any]:
     return [None] * len(sizes) if grad is None else list(grad.split(sizes))
 
 
-def _owner_of_scale(model: nn.Module) -> Any:
+def owner_of_scale(model: nn.Module) -> Any:
     """The model inside of wrappers such as DDP."""
     inner: Any = model
     while not hasattr(inner, "logit_scale"):
@@ -199,7 +211,7 @@ def _owner_of_scale(model: nn.Module) -> Any:
     return inner
 
 
-def _whole(parameter: Tensor) -> Tensor:
+def whole_parameter(parameter: Tensor) -> Tensor:
     """The full tensor of a parameter that FSDP may have sharded."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 

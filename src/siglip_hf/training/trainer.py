@@ -1,0 +1,526 @@
+"""transformers' Trainer for SigLIP: the loss of the whole batch, over processes and micro-batches.
+
+What it changes: where batches come from, one step, evaluation, the groups of the optimizer, and that a checkpoint
+appears whole or not at all. All else is the Trainer's own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+
+from siglip_hf.evaluation import retrieval_recall
+from siglip_hf.layers import SiglipPoolingAttention
+from siglip_hf.loss import sigmoid_loss
+from siglip_hf.sources import Record, Source
+from siglip_hf.training.cached import cached_backward, embed_pairs, owner_of_scale, whole_parameter
+from siglip_hf.training.collator import PairCollator, PictureCollator
+from siglip_hf.training.locked import ImageStore
+from siglip_hf.training.pairs import (
+    Draw,
+    PairSampler,
+    check_templates,
+    picture_key,
+    positive_groups,
+    stable_number,
+    texts_of,
+    training_pairs,
+)
+
+# Checkpoints are written in here, inside the output folder, and moved out when they are whole.
+_UNFINISHED = ".unfinished"
+_SCALARS = ("logit_scale", "logit_bias")
+_SCALARS_FILE = "scale_and_bias.safetensors"
+_RECALL_AT = (1, 5, 10)
+
+
+@dataclass
+class SiglipTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with what SigLIP adds.
+
+    `gradient_accumulation_steps` splits one batch into micro-batches, and the loss stays that of the whole: the batch
+    of the loss holds `per_device_train_batch_size` x `gradient_accumulation_steps` x processes pairs.
+
+    Attributes:
+        scale_learning_rate: Learning rate of `logit_scale` and `logit_bias`; that of all others by default.
+        augment: Any of "crop", "flip", "color"; see `PairCollator`.
+        captions: "random" or "first"; see `PairCollator`.
+        templates: Texts with `{}`, for the labels of pictures that have no captions.
+        loss_chunk_size: See `sigmoid_loss`.
+        keep_graphs: See `cached_backward`.
+    """
+
+    scale_learning_rate: float | None = None
+    augment: list[str] = field(default_factory=list)
+    captions: str = "random"
+    templates: list[str] = field(default_factory=list)
+    loss_chunk_size: int | None = None
+    keep_graphs: int = 1
+    # The collator reads records, of which none is a column of the model.
+    remove_unused_columns: bool = False
+    # Every parameter that is trained takes part in every step.
+    ddp_find_unused_parameters: bool | None = False
+
+
+class SiglipTrainer(Trainer):
+    """Trains a `SiglipModel` or `Siglip2Model` on pictures with captions or labels.
+
+    Its logs add `scale` (the temperature, exp of `logit_scale`), `bias`, `positive_logit` and `negative_logit` (means
+    over the pairs of a process, averaged over processes) and `pairs_per_second`. Its evaluation gives the `loss` of all
+    pairs of the set as one batch, so that it grows with the set, and recall of retrieval both ways.
+
+    Args:
+        model: The model, possibly with LoRA adapters from `peft` or frozen parts (`freeze`).
+        args: Most options; plain `TrainingArguments` will not do.
+        train_dataset: A `datasets.Dataset` with pictures and one or many captions each, a `Source`, or what
+            `open_source` takes.
+        eval_dataset: Likewise, or several of them in a dict.
+        processing_class: The model's processor.
+        image_store: Embeddings of the training pictures, from `store_images`. Then the image tower, which must be
+            frozen, is not run.
+        **kwargs: As for `Trainer`: `callbacks`, `optimizers`, `model_init`.
+
+    Raises:
+        ValueError: For data without pairs, a processor that is not the model's, a stale store.
+    """
+
+    args: SiglipTrainingArguments
+    # What the Trainer allows to be many things is one here.
+    model: Any
+    processing_class: Any
+    train_dataset: Any
+    eval_dataset: Any
+    data_collator: Any
+
+    def __init__(
+        self,
+        model: nn.Module | None = None,
+        args: SiglipTrainingArguments | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        image_store: ImageStore | None = None,
+        **kwargs: Any,
+    ):
+        args = SiglipTrainingArguments() if args is None else args
+        if not isinstance(args, SiglipTrainingArguments):
+            raise ValueError("args must be SiglipTrainingArguments, which take all that TrainingArguments do.")
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process. Start with torchrun or accelerate launch, or choose "
+                "one: CUDA_VISIBLE_DEVICES=0."
+            )
+        if processing_class is None or not hasattr(processing_class, "image_processor"):
+            raise ValueError("processing_class must be the model's processor: SiglipProcessor.from_pretrained(...).")
+        if hasattr(processing_class, "check_fits") and hasattr(model, "config"):
+            processing_class.check_fits(model)
+        self.templates = check_templates(args.templates)
+        train_source = None if train_dataset is None else training_pairs(train_dataset)
+        collator = None
+        if train_source is not None:
+            if image_store is not None:
+                _check_locked(model, image_store)
+                image_store.check(model, processing_class, train_source)  # type: ignore[arg-type]
+            collator = PairCollator(
+                processing_class,
+                train_source,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                augment=args.augment,
+                captions=args.captions,
+                templates=args.templates,
+                store=image_store,
+            )
+        if isinstance(eval_dataset, Mapping) and not hasattr(eval_dataset, "column_names"):
+            eval_dataset = {name: training_pairs(value) for name, value in eval_dataset.items()}
+        elif eval_dataset is not None:
+            eval_dataset = training_pairs(eval_dataset)
+        super().__init__(
+            model,
+            args,
+            data_collator=collator,
+            train_dataset=train_source,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        for module in self.model.modules():
+            if isinstance(module, SiglipPoolingAttention):
+                module.register_load_state_dict_pre_hook(_split_published)
+        self.broken: dict[str, str] = {}
+        """Of each picture that could not be read, by the id of its record, the reason; of this process's share."""
+        # The loss of a step is that of its whole batch, not a sum of parts to be divided.
+        self.loss_is_scaled_for_ga = True
+        self._micro_batches: list[dict[str, Any]] = []
+        self._means: tuple[Tensor, Tensor] | None = None
+        self._timer: tuple[float, int] | None = None
+        self._writes_checkpoint = False
+
+    # Data
+
+    @property
+    def batch_size(self) -> int:
+        """Pairs in the loss of one step, over micro-batches and processes."""
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Micro-batches of this process."""
+        if self.train_dataset is None:
+            raise ValueError("training needs a train_dataset")
+        source: Source = self.train_dataset
+        seed = self.data_collator.seed
+        sampler = PairSampler(len(source), self.batch_size, seed, lambda: self.state.global_step // sampler.steps)
+        loader = self._loader(_Draws(source), self.args.train_batch_size, self.data_collator, sampler)
+        if self.args.gradient_accumulation_steps > 1:
+            # A batch larger than memory waits on the CPU, and each micro-batch is moved when its turn comes.
+            loader.device = None  # type: ignore[attr-defined]
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Pictures of the evaluation set, each once; its dataset also holds the texts."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+            if eval_dataset is None:
+                raise ValueError("evaluation needs an eval_dataset")
+        pictures = _Pictures(training_pairs(eval_dataset), self.templates)
+        return self._loader(pictures, self.args.eval_batch_size, PictureCollator(self.processing_class))
+
+    def _loader(self, dataset: Dataset, batch_size: int, collate: Any, sampler: Any = None) -> DataLoader:
+        args = self.args
+        loader = DataLoader(
+            dataset,
+            batch_size=batch_size,
+            sampler=sampler,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+        )
+        return self.accelerator.prepare(loader)
+
+    # One step
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Collects micro-batches; the last one of a step sends the loss of all of them back.
+
+        Returns:
+            The loss of the whole batch, over processes too, with the last micro-batch; zero before it.
+        """
+        if self._timer is None:
+            self._timer = (time.perf_counter(), self.state.global_step)
+        self.broken.update(inputs.pop("broken"))
+        self._micro_batches.append(inputs)
+        if len(self._micro_batches) < self.current_gradient_accumulation_steps:
+            return torch.zeros((), device=self.args.device)
+        batches, self._micro_batches = self._micro_batches, []
+        if len(batches) == 1:
+            return super().training_step(model, batches[0], num_items_in_batch)
+        model.train()
+        positives = self._positives(batches)
+        result = cached_backward(
+            model,
+            batches,
+            group=self._group(),
+            chunk_size=self.args.loss_chunk_size,
+            positives=positives,
+            keep_graphs=self.args.keep_graphs,
+            scaler=self.accelerator.scaler,
+        )
+        self._note_logits(model, result.image_embeds, result.text_embeds, positives)
+        return result.loss
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of one micro-batch of each process as one batch.
+
+        Its gradients are such that their mean over processes, which DDP and FSDP take, is exact.
+        """
+        inputs = dict(inputs)
+        inputs.pop("broken", None)
+        positives = self._positives([inputs])
+        images, texts = embed_pairs(model, inputs)
+        owner = owner_of_scale(model)
+        loss = sigmoid_loss(
+            images,
+            texts,
+            *(whole_parameter(getattr(owner, name)) for name in _SCALARS),
+            positives=positives,
+            chunk_size=self.args.loss_chunk_size,
+            group=self._group(),
+        )
+        self._note_logits(model, images.detach(), texts.detach(), positives)
+        return (loss, {"image_embeds": images, "text_embeds": texts}) if return_outputs else loss
+
+    def _group(self) -> Any:
+        return dist.group.WORLD if self.args.world_size > 1 else None
+
+    def _positives(self, batches: Sequence[dict[str, Any]]) -> Tensor | None:
+        """Groups of pairs that share a picture or a text, over all processes; takes the keys out of the batches."""
+        keys = [torch.cat([batch.pop(name) for batch in batches]) for name in ("picture_keys", "text_keys")]
+        own = torch.stack(keys, dim=1).to(self.args.device)  # (B, 2)
+        everyone = self.accelerator.gather(own).cpu() if self.args.world_size > 1 else own.cpu()
+        groups = positive_groups(everyone[:, 0], everyone[:, 1])
+        if groups is None:
+            return None
+        return groups.chunk(self.args.world_size)[self.args.process_index].to(self.args.device)
+
+    @torch.no_grad()
+    def _note_logits(self, model: nn.Module, images: Tensor, texts: Tensor, positives: Tensor | None) -> None:
+        """Keeps the mean cosine of positive and negative pairs of this process: sums of embeddings give both."""
+        images, texts = images.float(), texts.float()
+        if positives is None:
+            right, count = (images * texts).sum(), float(len(images))
+        else:
+            distinct, place, sizes = positives.unique(return_inverse=True, return_counts=True)
+            sums = [side.new_zeros(len(distinct), side.shape[1]).index_add_(0, place, side) for side in (images, texts)]
+            right, count = (sums[0] * sums[1]).sum(), float(sizes.double().square().sum())
+        wrong = images.sum(0) @ texts.sum(0) - right
+        self._means = (right / count, wrong / max(len(images) ** 2 - count, 1.0))
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds what is worth watching to the logs of training."""
+        if "loss" in logs and self._means is not None and self._timer is not None:
+            owner = owner_of_scale(self.model_wrapped)
+            scale, bias = (whole_parameter(getattr(owner, name)).detach().float().item() for name in _SCALARS)
+            means = torch.stack(self._means)
+            if self.args.world_size > 1:
+                means = self.accelerator.reduce(means, reduction="mean")
+            now, steps = time.perf_counter(), self.state.global_step - self._timer[1]
+            logs["scale"], logs["bias"] = float(np.exp(scale)), bias
+            logs["positive_logit"], logs["negative_logit"] = (logs["scale"] * mean + bias for mean in means.tolist())
+            logs["pairs_per_second"] = steps * self.batch_size / max(now - self._timer[0], 1e-9)
+            self._timer = (now, self.state.global_step)
+        super().log(logs, start_time)
+
+    # Optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """The kernels of linear and convolutional layers, as in the original code.
+
+        Not biases, norms, scale, bias, token and position embeddings, and the probe of the pooling head.
+        """
+        kinds = (nn.Linear, nn.Conv2d)
+        return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, kinds)]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """Also gives scale and bias a group of their own, if they have their own learning rate."""
+        made_here = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if made_here and self.args.scale_learning_rate is not None:
+            owner = owner_of_scale(self.model if model is None else model)
+            scalars = [value for value in (getattr(owner, name) for name in _SCALARS) if value.requires_grad]
+            if scalars:
+                for group in optimizer.param_groups:
+                    group["params"] = [value for value in group["params"] if all(value is not each for each in scalars)]
+                own = {"params": scalars, "lr": self.args.scale_learning_rate, "weight_decay": 0.0}
+                optimizer.add_param_group(own)
+        return optimizer
+
+    # Evaluation
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Embeds all pictures and texts, spread over the processes, and measures the whole set on each of them."""
+        model: Any = self.model
+        if not self.accelerator._models:  # evaluated without training
+            model = self.accelerator.prepare_model(model, evaluation_mode=True)
+        model.eval()
+        self.callback_handler.eval_dataloader = dataloader
+        dataset: _Pictures = dataloader.dataset  # type: ignore[assignment]
+        found: dict[int, Tensor] = {}
+        for batch in dataloader:
+            self.broken.update(batch.pop("broken"))
+            places, readable = batch.pop("places").tolist(), batch.pop("readable").tolist()
+            embeds = self._embed(model, batch, "image_embeds")
+            found |= {place: row for place, row, ok in zip(places, embeds, readable, strict=True) if ok}
+            self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        found = self._from_all(found)
+        if not found:
+            raise ValueError(f"{dataset.name}: none of {len(dataset)} pictures could be read.")
+        rows = {place: row for row, place in enumerate(sorted(found))}
+        images = torch.stack([found[place] for place in rows])  # (I, E)
+        kept = [(text, rows[owner]) for text, owner in dataset.texts if owner in rows]
+        texts = self._embed_texts(model, [text for text, _ in kept])  # (T, E)
+        owners = torch.tensor([owner for _, owner in kept])  # (T,)
+
+        recall = retrieval_recall(images, texts, owners, ks=[k for k in _RECALL_AT if k < len(images)] or [1])
+        text_keys = torch.tensor([stable_number("text", text) for text, _ in kept])
+        inner = owner_of_scale(model)
+        with torch.no_grad():
+            scalars = [whole_parameter(getattr(inner, name)).float().cpu() for name in _SCALARS]
+            loss = sigmoid_loss(images[owners], texts, *scalars, positives=positive_groups(owners, text_keys))
+        metrics = {"loss": loss.item(), **recall.as_dict()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(images))
+
+    @torch.no_grad()
+    def _embed(self, model: nn.Module, inputs: dict[str, Any], name: str) -> Tensor:
+        with self.compute_loss_context_manager():
+            return model(**self._prepare_inputs(inputs), return_dict=True)[name].float().cpu()
+
+    def _embed_texts(self, model: nn.Module, texts: list[str]) -> Tensor:
+        """(T, E), on the CPU. Each process embeds as many batches, since sharded towers run in step."""
+        size, world, rank = self.args.eval_batch_size, max(1, self.args.world_size), self.args.process_index
+        rounds = -(-len(texts) // (size * world))
+        found: dict[int, Tensor] = {}
+        for turn in range(rounds):
+            start = (turn * world + rank) * size
+            places = [place % len(texts) for place in range(start, start + size)] if world > 1 else None
+            places = list(range(start, min(start + size, len(texts)))) if places is None else places
+            inputs = self.processing_class(text=[texts[place] for place in places], return_tensors="pt")
+            found |= dict(zip(places, self._embed(model, dict(inputs), "text_embeds"), strict=True))
+        found = self._from_all(found)
+        return torch.stack([found[place] for place in range(len(texts))])
+
+    def _from_all(self, found: dict[int, Tensor]) -> dict[int, Tensor]:
+        """What all processes have found."""
+        if self.args.world_size <= 1:
+            return found
+        everyone: list[Any] = [None] * self.args.world_size
+        dist.all_gather_object(everyone, found)
+        return {place: row for part in everyone for place, row in part.items()}
+
+    def broken_everywhere(self) -> dict[str, str]:
+        """`broken` of all processes; each of them must call."""
+        if self.args.world_size <= 1:
+            return dict(self.broken)
+        everyone: list[Any] = [None] * self.args.world_size
+        dist.all_gather_object(everyone, self.broken)
+        return {id_: reason for part in everyone for id_, reason in part.items()}
+
+    # Checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Beside adapters, also scale and bias if they are trained, which adapter files have no place for."""
+        super()._save(output_dir, state_dict)
+        scalars = self._scalars_beside_adapters()
+        if scalars and self.args.should_save:
+            values = {name: value.detach().cpu() for name, value in scalars.items()}
+            save_file(values, os.path.join(output_dir or str(self.args.output_dir), _SCALARS_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        path = os.path.join(resume_from_checkpoint, _SCALARS_FILE)
+        if os.path.exists(path):
+            values = load_file(path)
+            with torch.no_grad():
+                for name, value in self._scalars_beside_adapters().items():
+                    value.copy_(values[name])
+
+    def _scalars_beside_adapters(self) -> dict[str, Tensor]:
+        if not hasattr(self.model, "peft_config"):
+            return {}
+        owner = owner_of_scale(self.model)
+        return {name: getattr(owner, name) for name in _SCALARS if getattr(owner, name).requires_grad}
+
+    def _get_output_dir(self, trial: Any) -> str:
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, _UNFINISHED) if self._writes_checkpoint else folder
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Writes a checkpoint beside its place and moves it there when it is whole: no kill leaves half of one."""
+        folder = self._get_output_dir(trial)
+        unfinished, name = os.path.join(folder, _UNFINISHED), f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        self._writes_checkpoint = True
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._writes_checkpoint = False
+        self.accelerator.wait_for_everyone()
+        whole = os.path.join(folder, name)
+        if self.state.best_model_checkpoint == os.path.join(unfinished, name):
+            self.state.best_model_checkpoint = whole
+        if self.args.should_save:
+            self.state.save_to_json(os.path.join(unfinished, name, "trainer_state.json"))
+            shutil.rmtree(whole, ignore_errors=True)
+            os.replace(os.path.join(unfinished, name), whole)
+            shutil.rmtree(unfinished, ignore_errors=True)
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(folder, save_total_limit=self.args.save_total_limit, best_model_checkpoint=best)
+        self.accelerator.wait_for_everyone()
+
+
+def _split_published(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Splits what checkpoints hold as one, the input projections of the pooling head: the Trainer loads files as is."""
+    for kind in ("weight", "bias"):
+        joined = state_dict.pop(f"{prefix}in_proj_{kind}", None)
+        if joined is not None:
+            for name, part in zip(("q_proj", "k_proj", "v_proj"), joined.chunk(3), strict=True):
+                state_dict[f"{prefix}{name}.{kind}"] = part
+
+
+class _Draws(Dataset):
+    """The training pairs, by place and number of the draw."""
+
+    def __init__(self, source: Source):
+        self.source = source
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, drawn: tuple[int, int]) -> Draw:
+        return Draw(self.source[drawn[0]], drawn[1])
+
+
+class _Pictures(Dataset):
+    """The pictures of a source, each once however many records hold it, and their texts.
+
+    Attributes:
+        texts: Each text with the place of its picture; a text once per picture.
+    """
+
+    def __init__(self, source: Source, templates: Sequence[str]):
+        self.name = source.name
+        self.records: list[Record] = []
+        places: dict[int, int] = {}
+        texts: dict[tuple[str, int], None] = {}
+        for record in source:
+            place = places.setdefault(picture_key(record), len(places))
+            if place == len(self.records):
+                self.records.append(record)
+            texts |= {(text, place): None for text in texts_of(record, templates)}
+        self.texts = list(texts)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, place: int) -> tuple[int, Record]:
+        return place, self.records[place]
+
+    def __iter__(self) -> Iterator[tuple[int, Record]]:
+        return iter(enumerate(self.records))
+
+
+def _check_locked(model: Any, store: ImageStore) -> None:
+    trained = [name for name, value in model.named_parameters() if "vision_model" in name and value.requires_grad]
+    if trained:
+        raise ValueError(
+            f"{store.folder} holds embeddings of a locked image tower, but {trained[0]} would be trained; call "
+            'freeze(model, "image") first.'
+        )
