@@ -122,6 +122,58 @@ def test_published_shapes_equal_stock(preset, dtype):
             assert cosine.min() >= 0.9999
 
 
+# The short way of a single query
+
+
+def attend_plainly(attention, queries, states, mask=None):
+    """The attention of a layer with keys and values made for each token."""
+    with torch.enable_grad():  # which turns the short way off
+        return attention._attend(queries, states, mask)[0].detach()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_query_without_keys_and_values_equals_the_plain_way(model, masked, dtype):
+    attention = model.vision_model.head.attention.to(dtype)
+    generator = torch.Generator().manual_seed(3)
+    queries, states = (torch.randn(3, n, 32, generator=generator).to(dtype) for n in (1, 9))
+    mask = torch.rand(3, 1, 1, 9, generator=generator) > 0.4 if masked else None
+    want = attend_plainly(attention, queries, states, mask)
+    with torch.no_grad():
+        assert attention._can_fold(mask, None)
+        got, weights = attention._attend(queries, states, mask)
+    assert weights is None
+    assert got.shape == (3, 1, 32)
+    assert_close(got, want, 1e-5 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("tower", ["vision_model", "text_model"])
+def test_the_short_way_steps_aside(model, tower):
+    attention = model.vision_model.head.attention if tower == "vision_model" else model.text_model.encoder.layers[-1]
+    attention = getattr(attention, "self_attn", attention)
+    assert not attention._can_fold(None, None)  # with gradients every parameter gets one
+    with torch.no_grad():
+        assert attention._can_fold(None, None)
+        assert not attention._can_fold(None, "eager")
+        assert not attention._can_fold(torch.zeros(1, 1, 1, 4), None)
+        hook = attention.v_proj.register_forward_hook(lambda *args: None)
+        assert not attention._can_fold(None, None)
+        hook.remove()
+        attention.k_proj = torch.nn.Sequential(attention.k_proj)  # as a wrapper for LoRA or quantization would
+        assert not attention._can_fold(None, None)
+
+
+def test_embeddings_follow_changed_weights(model):
+    inputs = tiny_inputs()
+    with torch.no_grad():
+        before = model.encode_image(inputs["pixel_values"])
+        model.vision_model.head.attention.v_proj.weight.data.neg_()
+        after = model.encode_image(inputs["pixel_values"])
+    plain = model.encode_image(inputs["pixel_values"]).detach()
+    assert (before - after).abs().max() > 1e-3
+    assert_close(after, plain)
+
+
 # Embeddings
 
 

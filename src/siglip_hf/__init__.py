@@ -44,6 +44,7 @@ _MODULES = {
     "SiglipEmbedder": "search.embedder",
     "canonicalize_text": "text_cleaning",
     "sigmoid_loss": "loss",
+    "optimize": "optimization",
     "SearchIndex": "search.query",
     "pooling_attention": "pooling_map",
 }
@@ -75,6 +76,7 @@ if TYPE_CHECKING:
     from siglip_hf.modeling_siglip2 import Siglip2TextModel as Siglip2TextModel
     from siglip_hf.modeling_siglip2 import Siglip2VisionModel as Siglip2VisionModel
     from siglip_hf.pooling_map import pooling_attention as pooling_attention
+    from siglip_hf.optimization import optimize as optimize
     from siglip_hf.processing_siglip import SiglipProcessor as SiglipProcessor
     from siglip_hf.processing_siglip2 import Siglip2Processor as Siglip2Processor
     from siglip_hf.search.embedder import SiglipEmbedder as SiglipEmbedder

@@ -50,6 +50,17 @@ def eager_attention_forward(
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a layer is nothing but its weight and bias: not quantized, adapted, offloaded, split or hooked."""
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and module.bias is not None
+        and "forward" not in module.__dict__
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    )
+
+
 class _MultiHeadAttention(nn.Module):
     """Queries of one sequence attend to keys and values of another, through transformers' attention interface."""
 
@@ -77,6 +88,8 @@ class _MultiHeadAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, S, D) queries over (B, T, D) keys and values -> (B, S, D), and weights if there are any."""
         batch, length = query_states.shape[:2]
+        if length == 1 and self._can_fold(attention_mask, attn_implementation):
+            return self._attend_with_one_query(query_states, key_value_states, attention_mask), None
         query = self._split_heads(self.q_proj(query_states))  # (B, H, S, D / H)
         key = self._split_heads(self.k_proj(key_value_states))  # (B, H, T, D / H)
         value = self._split_heads(self.v_proj(key_value_states))  # (B, H, T, D / H)
@@ -95,6 +108,39 @@ class _MultiHeadAttention(nn.Module):
         )
         output = output.reshape(batch, length, -1).contiguous()  # (B, S, H, D / H) -> (B, S, D)
         return self.out_proj(output), weights
+
+    def _can_fold(self, attention_mask: torch.Tensor | None, attn_implementation: str | None) -> bool:
+        """Whether `_attend_with_one_query` gives the same as the plain way."""
+        return (
+            # With gradients not: the keys' bias would get none, which distributed training waits for.
+            not torch.is_grad_enabled()
+            and (attn_implementation or self.config._attn_implementation) == "sdpa"
+            and (attention_mask is None or attention_mask.dtype == torch.bool)
+            and is_plain_linear(self.k_proj)
+            and is_plain_linear(self.v_proj)
+        )
+
+    def _attend_with_one_query(
+        self, query_states: torch.Tensor, states: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """(B, 1, D) queries, one for each sequence, over (B, T, D) -> (B, 1, D), without making keys and values.
+
+        q (K x) = (q K) x and w (V x) = V (w x): with a single query it is less work to project the query and the mean
+        than every token, T x D x H instead of T x D x D. The keys' bias adds the same to all scores, and the weights
+        sum to 1, so that the values' bias is added once.
+        """
+        heads = self.num_heads
+        query = self.q_proj(query_states)[:, 0].unflatten(-1, (heads, -1)).transpose(0, 1)  # (H, B, D / H)
+        key_weight = self.k_proj.weight.unflatten(0, (heads, -1))  # (H, D / H, D)
+        value_weight = self.v_proj.weight.unflatten(0, (heads, -1))  # (H, D / H, D)
+        folded = (query * self.scale @ key_weight).transpose(0, 1)  # (B, H, D)
+        scores = folded @ states.transpose(1, 2)  # (B, H, T)
+        if attention_mask is not None:
+            scores = scores.masked_fill(~attention_mask[:, :, 0], torch.finfo(scores.dtype).min)
+        weights = scores.softmax(dim=-1)
+        mean = (weights @ states).transpose(0, 1)  # (H, B, D)
+        values = (mean @ value_weight.transpose(1, 2)).permute(1, 0, 2).flatten(1)  # (B, D)
+        return self.out_proj(values + self.v_proj.bias).unsqueeze(1)
 
     def _split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """(B, S, D) -> (B, H, S, D / H)."""

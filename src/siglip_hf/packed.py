@@ -1,0 +1,156 @@
+"""Encoder blocks for inference on a CPU, on oneDNN's linear layers with prepacked weights.
+
+One product makes queries, keys and values; the activation and the residual sums are part of the products. Weights are
+stored in the order in which the matrix units read them, so that no call packs them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from siglip_hf.layers import SiglipEncoderLayer, is_plain_linear
+
+#: Activations that oneDNN applies to a product while it is in the registers: our name -> its name and algorithm.
+_FUSED_ACTIVATIONS = {
+    "gelu_pytorch_tanh": ("gelu", "tanh"),
+    "gelu_new": ("gelu", "tanh"),
+    "gelu": ("gelu", "none"),
+    "relu": ("relu", ""),
+}
+
+#: Attention scores made at a time; 4 MiB in bfloat16 stay in the cache.
+_SCORES_AT_A_TIME = 2**21
+
+
+def is_packable(block: nn.Module) -> bool:
+    """Whether a block is a plain one on the CPU, without hooks, adapters or quantized weights."""
+    if type(block) is not SiglipEncoderLayer:
+        return False
+    attention, mlp = block.self_attn, block.mlp
+    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2)
+    hooked = any(
+        module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in block.modules()
+    )
+    return not hooked and all(is_plain_linear(linear) and linear.weight.device.type == "cpu" for linear in linears)
+
+
+class PackedLinear:
+    """The weights of a linear layer, or of several with the same input, in oneDNN's order.
+
+    Args:
+        layers: Their outputs come one after the other in the last dimension.
+        dtype: Of weights, inputs and outputs.
+        activation: Name of the activation that follows.
+    """
+
+    def __init__(self, *layers: nn.Linear, dtype: torch.dtype, activation: str | None = None):
+        weight = torch.cat([layer.weight.detach() for layer in layers]).to(dtype)
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.bias = torch.cat([layer.bias.detach() for layer in layers]).to(dtype)
+        self.fused = ("none", "") if activation is None else _FUSED_ACTIVATIONS.get(activation)
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Maps (..., in) to (..., out), with the activation if it is one of those that can be fused."""
+        name, algorithm = self.fused or ("none", "")
+        return torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, name, [], algorithm)
+
+    def __deepcopy__(self, memo: Any) -> PackedLinear:
+        return self  # nothing ever writes to it
+
+    def add_to(self, residual: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Maps (..., in) to (..., out) and adds it to `residual` (..., out)."""
+        return torch.ops.mkldnn._linear_pointwise.binary(states, residual, self.weight, self.bias, "add")
+
+
+class PackedEncoderLayer(SiglipEncoderLayer):
+    """A block with packed weights, made from a plain one. It computes only: no gradients, no saving, no other dtype.
+
+    Args:
+        block: A block for which `is_packable` holds. Its layer norms are shared, its linear weights copied.
+        dtype: float32 or bfloat16.
+    """
+
+    def __init__(self, block: SiglipEncoderLayer, dtype: torch.dtype):
+        super(SiglipEncoderLayer, self).__init__()
+        attention, mlp = block.self_attn, block.mlp
+        self.dtype = dtype
+        self.num_heads, self.scale = attention.num_heads, attention.scale
+        self.layer_norm1, self.layer_norm2 = block.layer_norm1, block.layer_norm2
+        self.qkv = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype)
+        self.out = PackedLinear(attention.out_proj, dtype=dtype)
+        self.fc1 = PackedLinear(mlp.fc1, dtype=dtype, activation=mlp.config.hidden_act)
+        self.fc2 = PackedLinear(mlp.fc2, dtype=dtype)
+        self.activation_fn = None if self.fc1.fused else mlp.activation_fn
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        last_token_only: bool = False,
+        attn_implementation: str | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """Maps (B, S, D) to (B, S, D), or to (B, 1, D), the last position, with `last_token_only`.
+
+        Raises:
+            ValueError: If gradients or attention weights are wanted, or for a dtype other than the block's.
+        """
+        if hidden_states.requires_grad and torch.is_grad_enabled():
+            raise ValueError("an optimized model has no gradients; load the model again, without siglip_hf.optimize")
+        if attn_implementation == "eager":
+            raise ValueError(
+                "an optimized model does not return attention weights; load the model again, without siglip_hf.optimize"
+            )
+        if hidden_states.dtype != self.dtype:
+            raise ValueError(f"this model was optimized for {self.dtype}, and its states are {hidden_states.dtype}")
+        attended = self._attend(self.qkv(self.layer_norm1(hidden_states)), attention_mask)  # (B, S, D)
+        hidden_states = self.out.add_to(hidden_states, attended)
+        if last_token_only:
+            hidden_states = hidden_states[:, -1:]
+        intermediate = self.fc1(self.layer_norm2(hidden_states))  # (B, S, intermediate)
+        if self.activation_fn is not None:
+            intermediate = self.activation_fn(intermediate)
+        return self.fc2.add_to(hidden_states, intermediate)
+
+    def _attend(self, qkv: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """(B, S, 3 D) queries, keys and values -> (B, S, D)."""
+        batch, length = qkv.shape[:2]
+        split = qkv.view(batch, length, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (3, B, H, S, D / H)
+        if mask is None and self.dtype == torch.bfloat16:
+            output = self._attend_in_bfloat16(split)
+        else:
+            query, key, value = split
+            output = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=self.scale)
+        return output.transpose(1, 2).reshape(batch, length, -1)  # (B, H, S, D / H) -> (B, S, D)
+
+    def _attend_in_bfloat16(self, split: torch.Tensor) -> torch.Tensor:
+        """(3, B, H, S, D / H) -> (B, H, S, D / H). Plain products: torch's fused kernel takes 1.5 times as long."""
+        _, batch, heads, length, width = split.shape
+        query, key, value = split.reshape(3, batch * heads, length, width)
+        output = torch.empty_like(query)
+        unused = query.new_empty(1, 1, 1)
+        step = max(1, _SCORES_AT_A_TIME // length**2)
+        for start in range(0, batch * heads, step):
+            part = slice(start, start + step)
+            scores = torch.baddbmm(unused, query[part], key[part].transpose(1, 2), beta=0, alpha=self.scale)
+            torch.bmm(scores.softmax(dim=-1), value[part], out=output[part])  # softmax sums in float32
+        return output.view(batch, heads, length, width)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedEncoderLayer:
+        moved = fn(torch.empty(0, dtype=self.dtype))
+        if moved.dtype != self.dtype or moved.device.type != "cpu":
+            raise ValueError(
+                f"an optimized model stays on the CPU in {self.dtype}; load the model again for {moved.dtype} on "
+                f"{moved.device}"
+            )
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("an optimized model cannot be saved; save the model before siglip_hf.optimize")
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        raise ValueError("an optimized model cannot take other weights; load them before siglip_hf.optimize")
