@@ -16,10 +16,14 @@ import typer
 
 from siglip_hf.commands.app import app as show_page
 from siglip_hf.commands.classify import classify
+from siglip_hf.commands.clusters import clusters
 from siglip_hf.commands.convert import convert, export
 from siglip_hf.commands.doctor import doctor
+from siglip_hf.commands.duplicates import duplicates
 from siglip_hf.commands.embed import embed
 from siglip_hf.commands.evaluate import evaluate
+from siglip_hf.commands.index import index
+from siglip_hf.commands.search import search
 from siglip_hf.commands.train import train
 
 app = typer.Typer(
@@ -80,5 +84,18 @@ def _options(
     pass
 
 
-for command in (classify, embed, evaluate, train, show_page, doctor, convert, export):
+for command in (
+    classify,
+    embed,
+    index,
+    search,
+    duplicates,
+    clusters,
+    evaluate,
+    train,
+    show_page,
+    doctor,
+    convert,
+    export,
+):
     app.command()(command)

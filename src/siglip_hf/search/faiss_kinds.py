@@ -225,8 +225,11 @@ def _code_bytes(dimension: int) -> int:
 
 
 def gigabytes(count: int) -> str:
-    """Bytes for people, in units of 10^9 or 10^6."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+    """Bytes for people, in units of 10^9, 10^6 or 10^3."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6)):
+        if count >= size / 10:
+            return f"{count / size:.2f} {unit}"
+    return f"{count / 1e3:.1f} kB"
 
 
 def parse_bytes(text: str) -> int:

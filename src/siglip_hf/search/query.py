@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -260,11 +261,16 @@ class SearchIndex:
             return image
         return texts[query.text] if query.text else None
 
+    def _probabilities(self, cosines: np.ndarray) -> list[float | None]:
+        model = self.embedder.model
+        logits = cosines * math.exp(model.logit_scale.item()) + model.logit_bias.item()
+        return (0.5 * (1 + np.tanh(logits / 2))).tolist()  # the sigmoid, in a form that cannot overflow
+
     def _hits(self, near: Neighbours, vector: np.ndarray, other_side: np.ndarray | None) -> list[Hit]:
         cosines = near.vectors @ vector  # (n,)
         probabilities: list[float | None] = [None] * len(cosines)
         if other_side is not None:
-            probabilities = self.embedder.probability(near.vectors @ other_side).tolist()
+            probabilities = self._probabilities(near.vectors @ other_side)
         names = (near.rows[name].to_pylist() for name in ("id", "path", "text"))
         return [
             Hit(id_, path, float(cosine), probability, text)
@@ -286,13 +292,15 @@ def load_embedder(origin: Origin, model: str | None = None, device: str | None =
     from siglip_hf.search.embedder import SiglipEmbedder
 
     try:
-        embedder = SiglipEmbedder(model or origin.model, device=device)
+        # In float32: the temperature and the bias, rounded to bfloat16, would move a probability by some percent.
+        embedder = SiglipEmbedder(model or origin.model, device=device, dtype="float32")
     except (OSError, ValueError) as error:
         hint = "" if model else " If it has moved, say where it is (--model)."
         raise ValueError(f"the index was made with {origin.model}: {error}{hint}") from error
-    if embedder.model_sha256 != origin.model_sha256:
+    weights = embedder.model_sha256
+    if weights != origin.model_sha256:
         raise ValueError(
-            f"{model or origin.model} ({embedder.model_sha256[:12]}) does not have the weights that the index was made "
+            f"{model or origin.model} ({weights[:12]}) does not have the weights that the index was made "
             f"with, {origin.model} ({origin.model_sha256[:12]}), so their vectors cannot be compared. Give that model "
             "(--model), or build the index anew."
         )
