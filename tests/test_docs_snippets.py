@@ -104,6 +104,7 @@ def set_the_scene(page: Path, folder: Path) -> Callable[[str], str]:
         write_original_weights(folder)
 
     def local(code: str) -> str:
+        code = re.sub(r"https://huggingface\.co/datasets/\S+\.jpeg", str(folder / "cat.png"), code)
         code = re.sub(r"google/siglip[\w-]*naflex", str(folder / "naflex"), code)
         return re.sub(r"google/siglip[\w-]*", siglip_hf.default_checkpoint(), code)
 
