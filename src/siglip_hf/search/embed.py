@@ -176,6 +176,8 @@ def embed_source(
 
     if engine not in ("local", "ray"):
         raise ValueError(f"engine={engine!r} must be 'local' or 'ray'.")
+    if kind not in (None, "image", "text"):
+        raise ValueError(f"kind={kind!r} must be 'image' or 'text'.")
     if store_dtype not in ("float16", "float32"):
         raise ValueError(f"store_dtype={store_dtype!r} must be 'float16' or 'float32'.")
     if engine == "local" and address is not None:

@@ -302,6 +302,8 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
             self.known.update(zip(ids, table["stamp"].to_pylist(), strict=True))
             self.unread.update(table.filter(table["sha256"].is_null())["id"].to_pylist())
 
+        self._fold_if_full()  # killed after the last batch of a part had been written
+
     def __exit__(self, *error: object) -> None:
         self._closing.close()
 
@@ -358,8 +360,7 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
         self._write(file, _to_table(rows, embeddings, self.manifest))
         self._files[file] = [row["id"] for row in rows]
         self.known.update((row["id"], row.get("stamp")) for row in rows)
-        if sum(map(len, self._open_files().values())) >= self.manifest.part_rows:
-            self._fold()
+        self._fold_if_full()
 
     def finish(self) -> Manifest:
         """Joins what is left to parts, and marks the folder as complete."""
@@ -381,6 +382,11 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
         last = [file for file in parts[-1:] if len(self._files[file]) < self.manifest.part_rows]
         batches = sorted(file for file in self._files if _BATCH.fullmatch(file.name))
         return {file: self._files[file] for file in [*last, *batches]}
+
+    def _fold_if_full(self) -> None:
+        files = self._open_files()
+        if sum(map(len, files.values())) >= self.manifest.part_rows:
+            self._fold()
 
     def _fold(self) -> None:
         pa, _ = import_pyarrow()
