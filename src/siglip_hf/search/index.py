@@ -123,7 +123,8 @@ class IndexFolder:
             allowed = np.sort(self.keys[among])
         elif self.index.ntotal != len(self):  # a graph still holds what was removed
             allowed = self._sorted_keys
-        wanted = min(len(self), max(k * OVERSAMPLE[self.kind], k))
+        # As many for one answer as for ten, or the first answer would be less sure than the first of ten.
+        wanted = min(len(self), k if self.kind == "flat" else max(k, 10) * OVERSAMPLE[self.kind])
         if not wanted:
             return [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in queries]
         effort = self.effort if effort is None else effort
