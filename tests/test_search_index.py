@@ -10,8 +10,8 @@ pytest.importorskip("faiss")
 pytest.importorskip("pyarrow")
 
 from filelock import FileLock
-from search_data import DIMENSION, ORIGIN, blocks, clustered, rows
 
+from search_data import DIMENSION, ORIGIN, blocks, clustered, rows
 from siglip_hf.search import faiss_kinds, index_build
 from siglip_hf.search.faiss_kinds import KINDS, choose_kind, memory_of, parse_bytes
 from siglip_hf.search.index import IndexFolder, Origin

@@ -120,8 +120,9 @@ def choose_kind(count: int, dimension: int, memory: int, forced: str | None = No
 
 
 def list_count(count: int) -> int:
-    """Groups of an IVF index: about two times the root of the count, a power of two."""
-    return 2 ** max(0, round(math.log2(max(1.0, 2 * math.sqrt(count) if count >= 10_000 else count / _TRAIN_PER_LIST))))
+    """Groups of an IVF index: about two times the root of the count, a power of two, with enough vectors for each."""
+    wanted = round(math.log2(max(1.0, 2 * math.sqrt(count))))
+    return 2 ** min(wanted, int(math.log2(max(1.0, count / _TRAIN_PER_LIST))))
 
 
 def build(
