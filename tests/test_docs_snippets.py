@@ -9,6 +9,7 @@ scripts/docs_hooks.py.
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 import shutil
@@ -38,10 +39,14 @@ BLOCK = re.compile(r"^(?:<!-- (?P<mark>[\w-]+) -->\s*)?```(?P<kind>\w*)\n(?P<cod
 NUMBER = re.compile(r"-?\d+(?:\.\d+)?")
 # What a page needs beyond the package's own dependencies.
 NEEDS = {
+    "README": ["faiss"],
+    "evaluation": ["matplotlib"],
     "export": ["onnx", "onnxscript", "onnxruntime"],
     "lora": ["bitsandbytes", "peft"],
     "quantization": ["bitsandbytes", "torchao"],
+    "search": ["datasets", "faiss"],
     "siglip": ["bitsandbytes"],
+    "training": ["datasets", "matplotlib", "yaml"],
 }
 
 
@@ -159,6 +164,7 @@ def test_page_runs(page, tmp_path, monkeypatch, capsys):
         pytest.importorskip(package)
     local = set_the_scene(page, tmp_path)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(logging.root.manager, "disable", logging.root.manager.disable)  # a page may change it
     names: dict = {"__name__": "__main__"}
     for block in blocks(page):
         where = f"{page.name}, line {block.line}"
