@@ -7,8 +7,11 @@ made anew.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +24,7 @@ pytest.importorskip("selenium")
 
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
@@ -85,6 +89,16 @@ class Page:
 
     def click(self, selector: str) -> None:
         self.driver.execute_script("arguments[0].click()", self.one(selector))
+
+    def draw(self, points: list[tuple[int, int]]) -> None:
+        """A stroke of the pen, through points in pixels from the middle of the board."""
+        pen = ActionChains(self.driver, duration=20)
+        (x, y), *rest = points
+        pen.move_to_element_with_offset(self.one("#draw canvas"), x, y).click_and_hold()
+        for to_x, to_y in rest:
+            pen.move_by_offset(to_x - x, to_y - y)
+            x, y = to_x, to_y
+        pen.release().perform()
 
     def screenshot(self, name: str, for_docs: bool = False) -> None:
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
@@ -153,6 +167,22 @@ def multilingual_page(driver, embedded) -> Iterator[Page]:
     yield from serve(driver, multilingual.build([embedded]))
 
 
+@pytest.fixture(scope="module")
+def search_page(driver, tmp_path_factory) -> Iterator[Page]:
+    """Started by its command with no arguments, as by a new user: the demo's index is not there yet."""
+    cache = tmp_path_factory.mktemp("cache")
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", "import sys; from siglip_hf.cli import main; sys.exit(main())", "app", "search"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            address = process.stdout.readline().strip()
+            assert address.startswith("http://127.0.0.1:"), address
+            assert list(cache.glob("siglip_hf/demo-*.idx"))
+            yield Page(driver, address)
+        finally:
+            process.terminate()
+
+
 def assert_all_from_here(shown: Page) -> None:
     """Whatever the pages asked for so far came from this machine, or was part of them."""
     requests = [
@@ -163,6 +193,60 @@ def assert_all_from_here(shown: Page) -> None:
     assert any(url.startswith(shown.address) for url in requests)
     own = ("http://127.0.0.1:", "data:", "blob:", "chrome:", "chrome-")
     assert [url for url in requests if not url.startswith(own)] == []
+
+
+def captions(shown: Page) -> list[str]:
+    """Scores and names of the results."""
+    return [element.text for element in shown.all("#gallery .caption-label")]
+
+
+def test_search_by_words_and_by_a_result(search_page):
+    shown = search_page
+    shown.open()
+    shown.see("#results", "24 entries")
+    shown.write("#words textarea", "pizza")
+    shown.see("#results", "12 of 24 for 'pizza'")
+    shown.wait(lambda: captions(shown)[0].endswith("%) pizza.png"), "a pizza")
+    shown.screenshot("search-words")
+
+    shown.write("#words textarea", " ")
+    shown.see("#results", "24 entries")
+    shown.write("#words textarea", "Rakete")
+    shown.wait(lambda: captions(shown)[0].endswith("rocket.png"), "a rocket")
+    shown.click("#gallery button.thumbnail-item")
+    shown.see("#results", "'Rakete' and rocket.png")
+    shown.click("#clear")
+    shown.see("#results", "24 entries")
+    assert captions(shown) == []
+
+
+def test_search_by_drawing_live(search_page):
+    shown = search_page
+    shown.open()
+    shown.one("#draw button[aria-label=Brush]").click()
+    ring = [(round(60 + 45 * math.cos(i / 2)), round(-60 + 45 * math.sin(i / 2))) for i in range(14)]
+    shown.draw(ring)
+    shown.see("#results", "12 of 24 for your drawing")
+    first = shown.text("#gallery")
+    shown.draw([(28, -28), (-100, 100)])
+    shown.draw([(-90, 90), (-65, 115)])
+    shown.draw([(-60, 60), (-35, 85)])
+    shown.wait(lambda: shown.text("#gallery") != first, "other results")
+    shown.wait(lambda: captions(shown)[0].endswith("key.png"), "a key")
+    shown.screenshot("search", for_docs=True)
+
+
+def test_search_by_upload_with_filters(search_page, broken):
+    shown = search_page
+    shown.open()
+    shown.click("button[role=tab][aria-selected=false]")
+    shown.upload(broken)
+    shown.see("#results .problem", "broken.png")
+    shown.screenshot("search-broken")
+    shown.upload(PICTURES["whale"])
+    shown.see("#results", "12 of 24 for whale.png")
+    shown.wait(lambda: captions(shown)[0] == "1.000 whale.png", "the same picture")
+    assert_all_from_here(shown)
 
 
 def test_compare(compare_page):
@@ -190,7 +274,7 @@ def test_compare_takes_an_example_and_survives_what_is_no_picture(compare_page, 
     (tmp_path / "notes.png").write_text("no picture at all")
     shown.upload(tmp_path / "notes.png")
     shown.see("#results .problem", "notes.png")
-    shown.upload(PICTURES["rocket"])
+    shown.click("button:has(> div > img[src*='rocket.png']), button:has(img[src*='rocket.png'])")
     said = shown.see("#results", "siglip-hf-pictures-64")
     assert said.index("rocket") < said.index("cat")
 

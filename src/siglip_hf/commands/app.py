@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from enum import Enum
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -22,7 +21,7 @@ class PageName(str, Enum):
 def app(
     page_name: Annotated[PageName, typer.Argument(metavar="search|compare|multilingual", help="The page.")],
     index: Annotated[
-        Path | None,
+        str | None,
         typer.Option(help="search: a folder made by `siglip-hf index`; without it the pictures of the demo."),
     ] = None,
     model: Annotated[
@@ -59,8 +58,9 @@ def app(
         if page_name is PageName.search:
             from siglip_hf.apps import search
 
-            task = progress.add_task("opening the index", total=None)
-            blocks = search.build(search.open_index(index, device))
+            task = progress.add_task("", total=None)
+            opened = search.open_index(index, device, lambda stage: progress.update(task, description=stage))
+            blocks = search.build(opened)
         else:
             from siglip_hf.apps import compare, multilingual
             from siglip_hf.apps.scorers import load_scorer
