@@ -15,7 +15,16 @@ KOREAN = sorted(DOCS.rglob("*.ko.md"))
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 IN_LETTERS = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8"}
-IN_LETTERS |= {"nine": "9", "ten": "10", "eleven": "11", "twelve": "12", "half": "2", "third": "3", "twice": "2"}
+IN_LETTERS |= {
+    "quarter": "4",
+    "nine": "9",
+    "ten": "10",
+    "eleven": "11",
+    "twelve": "12",
+    "half": "2",
+    "third": "3",
+    "twice": "2",
+}
 
 ENGLISH = """# Top
 
