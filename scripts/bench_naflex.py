@@ -159,7 +159,9 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=1024, help="patches of a picture, at most")
     parser.add_argument("--layers", type=int, default=4, help="blocks of the model of base width; 12 are the whole")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of torch; stock's processor has one"
+    )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"{cpu_name()}, {options.threads} thread(s), torch {torch.__version__}")

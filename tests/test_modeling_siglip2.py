@@ -237,6 +237,38 @@ def test_encode_image_packs_by_itself_where_it_pays(model, monkeypatch):
     assert lengths == [(5, 20), (2, 20), (6, 20)]
 
 
+@pytest.mark.slow  # compiles its kernels: half a minute; see `make help`
+def test_flex_attention_gives_the_same_numbers():
+    # Its kernels want heads of at least 16.
+    vision = shaken(
+        Siglip2VisionModel(Siglip2VisionConfig(**NAFLEX_VISION | {"hidden_size": 64, "num_hidden_layers": 1}))
+    )
+    inputs = tiny_pictures()
+    with torch.no_grad():
+        expected = vision(**inputs).pooler_output
+        vision.set_attn_implementation("flex_attention")
+        close(vision(**inputs).pooler_output, expected)
+        close(vision(**inputs, packed=True).pooler_output, expected)
+
+
+@pytest.mark.gpu
+def test_flash_attention_skips_the_padding():
+    pytest.importorskip("flash_attn")
+    config = Siglip2VisionConfig(**NAFLEX_VISION | {"hidden_size": 64})
+    vision = shaken(Siglip2VisionModel(config)).to("cuda", torch.bfloat16)
+    inputs = {name: value.cuda() for name, value in tiny_pictures().items()}
+    with torch.no_grad():
+        expected = vision(**inputs).pooler_output
+        vision.set_attn_implementation("flash_attention_2")
+        actual = vision(**inputs).pooler_output
+    assert nn.functional.cosine_similarity(actual.float(), expected.float()).min() > 0.999
+
+
+def test_packing_refuses_flash_attention():
+    with pytest.raises(ValueError, match=r"packed=True needs .*eager, sdpa, flex_attention, not 'flash_attention_2'"):
+        Siglip2VisionModel._pack(torch.tensor(SHAPES), "flash_attention_2")
+
+
 def test_gradients_through_packing_equal_those_of_the_padded_batch():
     model = shaken(Siglip2Model(tiny_config())).train()
     grads = []

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers.image_processing_utils import BatchFeature
 
@@ -15,7 +16,7 @@ from .image_intake import Picture
 from .image_processing_siglip import pillow_filter, value_scale
 from .image_processing_siglip2 import Siglip2ImageProcessorBase, channels_of_batch, largest_budget, with_sizes
 from .image_processing_siglip_fast import SiglipImageProcessorFast
-from .image_tensors import division_and_shift, empty_batch, resize, to_tensor
+from .image_tensors import divide_and_shift, division_and_shift, empty, put, resize, to_tensor
 from .threads import in_threads
 
 
@@ -56,26 +57,28 @@ class Siglip2ImageProcessorFast(Siglip2ImageProcessorBase, SiglipImageProcessorF
         pixels, scales = map(list, zip(*in_threads(resized, sized), strict=True))  # (C, height, width) each
         channels = channels_of_batch(item.shape[0] for item in pixels)
         as_they_are = not do_normalize and all(scale == 1 for scale in scales)
-        values = empty_batch(
+        values = empty(
             (len(pixels), largest_budget(max_num_patches), patch_size**2 * channels),
             pixels[0].dtype if as_they_are else torch.float32,
             device,
         )  # (B, N, p * p * C)
         mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
-        shapes = []
-        for item, scale, patches in zip(pixels, scales, values, strict=True):
+
+        def fill(entry: tuple[torch.Tensor, torch.Tensor, float]) -> tuple[int, int]:
+            patches, item, scale = entry
             rows, columns = item.shape[1] // patch_size, item.shape[2] // patch_size
             filled = patches[: rows * columns]  # (n, p * p * C)
-            filled.view(rows, columns, patch_size, patch_size, channels).copy_(
-                item.unflatten(2, (columns, patch_size)).unflatten(1, (rows, patch_size)).permute(1, 3, 2, 4, 0)
-            )
+            cut = item.unflatten(2, (columns, patch_size)).unflatten(1, (rows, patch_size))  # (C, rows, p, columns, p)
+            put(cut.permute(1, 3, 2, 4, 0), into=filled.view(rows, columns, patch_size, patch_size, channels))
             if not as_they_are:
                 division, shift = division_and_shift(scale, mean, std, channels)
-                # As long as a patch, because a vector is what torch's kernel is fast on.
-                division, shift = (value.repeat(patch_size**2).to(device) for value in (division, shift))
-                torch.addcdiv(shift, filled, division, out=filled)
-            patches[rows * columns :] = 0
-            shapes.append((rows, columns))
+                # As long as a patch: a vector is quicker to apply than a channel at a time.
+                divide_and_shift(filled, np.tile(division, patch_size**2), np.tile(shift, patch_size**2))
+            put(patches.new_zeros(()), into=patches[rows * columns :])
+            return rows, columns
+
+        entries = zip(values, pixels, scales, strict=True)
+        shapes = list(in_threads(fill, entries) if device.type == "cpu" else map(fill, entries))
         spatial_shapes = torch.tensor(shapes, device=device)  # (B, 2)
         lengths = spatial_shapes.prod(dim=1, keepdim=True)
         mask = (torch.arange(values.shape[1], device=device) < lengths).int()  # (B, N)

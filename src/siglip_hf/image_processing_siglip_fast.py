@@ -16,7 +16,7 @@ from transformers.image_utils import ChannelDimension, SizeDict
 
 from .image_intake import Picture
 from .image_processing_siglip import SiglipImageProcessorBase, pillow_filter, resized_size, value_scale
-from .image_tensors import divide_and_shift, division_and_shift, empty_batch, resize, to_tensor
+from .image_tensors import divide_and_shift, division_and_shift, empty, put, resize, to_tensor
 from .threads import in_threads
 
 
@@ -92,13 +92,19 @@ class SiglipImageProcessorFast(SiglipImageProcessorBase):
         dtype = functools.reduce(torch.promote_types, (item.dtype for item in pixels)) if as_they_are else torch.float32
         results: Any
         if len({item.shape for item in pixels}) == 1:
-            results = empty_batch((len(pixels), *pixels[0].shape), dtype, device)  # (B, C, h, w)
+            results = empty((len(pixels), *pixels[0].shape), dtype, device)  # (B, C, h, w)
         else:
-            results = [torch.empty(item.shape, dtype=dtype, device=device) for item in pixels]
-        for item, scale, result in zip(pixels, scales, results, strict=True):
-            result.copy_(item)
+            results = [empty(tuple(item.shape), dtype, device) for item in pixels]
+
+        def fill(entry: tuple[torch.Tensor, torch.Tensor, float]) -> None:
+            result, item, scale = entry
+            put(item, into=result)
             if not as_they_are:
-                divide_and_shift(result, *division_and_shift(scale, mean, std, item.shape[0]))
+                division, shift = division_and_shift(scale, mean, std, item.shape[0])
+                divide_and_shift(result, division[:, None, None], shift[:, None, None])
+
+        entries = zip(results, pixels, scales, strict=True)
+        list(in_threads(fill, entries) if device.type == "cpu" else map(fill, entries))
         if do_pad:
             results = _pad(results, pad_size)
         if ChannelDimension(data_format or "channels_first") == ChannelDimension.LAST:

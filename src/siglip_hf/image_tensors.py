@@ -1,4 +1,8 @@
-"""Pictures to tensors, shared by the image processors: antialiased resizing, scaling, and the memory of a batch."""
+"""Pictures to tensors, shared by the image processors: antialiased resizing and scaling.
+
+On the CPU a batch is filled by NumPy, picture by picture in `threads`: its memory comes in huge pages where it is large
+(fresh pages of 4 KB cost more than all the arithmetic), and it starts no threads of its own inside those.
+"""
 
 from __future__ import annotations
 
@@ -21,17 +25,6 @@ BOTH_FROM = 1.75
 _PILLOW_PICKS_ORDER = int(PIL.__version__.partition(".")[0]) >= 13
 
 _TORCH_MODES = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
-
-
-def empty_batch(shape: tuple[int, ...], dtype: torch.dtype, device: Any) -> torch.Tensor:
-    """An uninitialized tensor. On the CPU it is NumPy's memory, which comes in huge pages where it is large.
-
-    Fresh memory in pages of 4 KB costs more time than all the arithmetic on a batch of pictures.
-    """
-    if torch.device(device).type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
-    count = math.prod(shape) * dtype.itemsize
-    return torch.from_numpy(np.empty(count, np.uint8)).view(dtype).view(shape)
 
 
 def to_tensor(picture: Picture) -> torch.Tensor:
@@ -69,7 +62,7 @@ def _has_alpha(picture: Picture) -> bool:
     return picture.pixels.shape[2] == 4
 
 
-def division_and_shift(scale: float, mean: Any, std: Any, channels: int) -> tuple[torch.Tensor, torch.Tensor]:
+def division_and_shift(scale: float, mean: Any, std: Any, channels: int) -> tuple[np.ndarray, np.ndarray]:
     """(x * scale - mean) / std as one division and one addition: x / division + shift.
 
     Args:
@@ -87,18 +80,33 @@ def division_and_shift(scale: float, mean: Any, std: Any, channels: int) -> tupl
     for name, value in (("image_mean", mean), ("image_std", std)):
         if not isinstance(value, float | int) and len(value) != channels:
             raise ValueError(f"{name}={tuple(value)} has {len(value)} values for pictures of {channels} channels")
-    deviation = torch.as_tensor(std, dtype=torch.float64).expand(channels)
-    shift = -torch.as_tensor(mean, dtype=torch.float64).expand(channels) / deviation
+    deviation = np.broadcast_to(np.asarray(std, np.float64), channels)
+    shift = -np.broadcast_to(np.asarray(mean, np.float64), channels) / deviation
     # Division, because the usual 127.5 is exact in float32 and 1 / 127.5 is not: black and white are -1 and 1.
-    return (deviation / scale).float(), shift.float()
+    return (deviation / scale).astype(np.float32), shift.astype(np.float32)
 
 
-def divide_and_shift(pixels: torch.Tensor, division: torch.Tensor, shift: torch.Tensor) -> None:
-    """pixels / division + shift in place, for float32 pixels (C, height, width) and what `division_and_shift` gives."""
-    division, shift = division.to(pixels.device), shift.to(pixels.device)
-    if pixels.device.type != "cpu":
-        torch.addcdiv(shift[:, None, None], pixels, division[:, None, None], out=pixels)
-        return
-    # On a CPU that kernel takes several times as long where its operands are no vectors; the numbers are the same.
-    for plane, divisor, offset in zip(pixels, division, shift, strict=True):
-        plane.div_(divisor).add_(offset)
+def divide_and_shift(pixels: torch.Tensor, division: np.ndarray, shift: np.ndarray) -> None:
+    """pixels / division + shift in place, for float32 pixels and arrays that broadcast to them."""
+    if pixels.device.type == "cpu":
+        array = pixels.numpy()
+        np.divide(array, division, out=array)
+        np.add(array, shift, out=array)
+    else:
+        divisor, offset = (torch.from_numpy(values).to(pixels.device) for values in (division, shift))
+        torch.addcdiv(offset, pixels, divisor, out=pixels)
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialized tensor; on the CPU, of NumPy's memory."""
+    if device.type != "cpu":
+        return torch.empty(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
+
+
+def put(item: torch.Tensor, into: torch.Tensor) -> None:
+    """Copies pixels into memory of `empty`; the dtypes may differ, and the shapes broadcast."""
+    if into.device.type == "cpu":
+        into.numpy()[:] = item.numpy()
+    else:
+        into.copy_(item)
