@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import siglip_hf
 from siglip_hf.classify import load_classifier, read_truth_file
@@ -57,6 +58,26 @@ def test_recall_is_that_of_the_sorted_matrix(chunk_size: int, dtype: torch.dtype
         assert (recall.image_to_text[k], recall.text_to_image[k]) == pytest.approx(expected)
     assert 0.3 < recall.text_to_image[1] < recall.text_to_image[5] < 1
     assert (recall.images, recall.texts) == (23, 61)
+
+
+class _LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_memory_is_that_of_the_embeddings_and_a_block() -> None:
+    with _LargestTensor() as largest:
+        retrieval_recall(torch.ones(900, 4), torch.ones(1500, 4), torch.arange(1500) % 900, chunk_size=50)
+        zero_shot_accuracy(torch.ones(900, 4), torch.ones(200, 4), torch.zeros(900).long(), ["x"] * 200, chunk_size=30)
+    assert largest.elements <= 1500 * 4  # the block has 2,500, the whole matrix 1,350,000
 
 
 def test_embeddings_that_are_all_alike_score_chance() -> None:

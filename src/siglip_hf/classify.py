@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,11 @@ from typing import Any
 from PIL import Image
 
 from siglip_hf.image_intake import PictureError
+from siglip_hf.optimization import optimize
 from siglip_hf.pipeline_zero_shot import SiglipZeroShotImageClassificationPipeline
+from siglip_hf.prefetch import prefetch
+
+_READERS = 4  # threads that read and decode pictures while the towers compute
 
 
 @dataclass
@@ -73,12 +77,15 @@ def read_truth_file(path: str | Path) -> dict[str, str]:
     return truth
 
 
-def load_classifier(model: str, device: str | None = None) -> SiglipZeroShotImageClassificationPipeline:
+def load_classifier(
+    model: str, device: str | None = None, fast: bool = False
+) -> SiglipZeroShotImageClassificationPipeline:
     """The zero-shot pipeline of a SigLIP checkpoint.
 
     Args:
-        model: a folder or a name.
-        device: where the model runs, such as "cuda"; the first accelerator if None.
+        model: name or folder of the checkpoint.
+        device: where it computes; the first accelerator by default.
+        fast: on a CPU, make it faster (`siglip_hf.optimize`), which rounds the scores to the dtype that it picks.
 
     Raises:
         ValueError: if there is no such checkpoint, or it is not a SigLIP that this package serves.
@@ -93,6 +100,8 @@ def load_classifier(model: str, device: str | None = None) -> SiglipZeroShotImag
         raise ValueError(f"cannot load {model!r}: {_first_line(error)}") from error
     if not isinstance(classifier, SiglipZeroShotImageClassificationPipeline):
         raise ValueError(f"{model!r} is a {type(classifier.model).__name__}, not a SigLIP model of this package.")
+    if fast:
+        optimize(classifier.model)
     return classifier
 
 
@@ -131,9 +140,14 @@ def classify_files(
     options = {"hypothesis_template": list(templates) if templates else None, "named_scores": True, "top_k": top_k}
     classifier([], labels, **options)
     results: list[Classified] = []
-    for start in range(0, len(sources), batch_size):
-        batch = [Classified(source, truth=truth_of(source, truth)) for source in sources[start : start + batch_size]]
-        read = list(_read(classifier, batch))
+    entries = [Classified(source, truth=truth_of(source, truth)) for source in sources]
+    # Read ahead, so that the towers do not wait for files and decoders; two batches of pictures at most lie in memory.
+    pictures = prefetch(
+        entries, lambda entry: _read(classifier, entry), workers=min(batch_size, _READERS), depth=2 * batch_size
+    )
+    for start in range(0, len(entries), batch_size):
+        batch = entries[start : start + batch_size]
+        read = [(entry, picture) for entry, picture in zip(batch, pictures, strict=False) if picture is not None]
         scored = classifier([picture for _, picture in read], labels, batch_size=batch_size, **options)
         for (entry, _), scores in zip(read, scored, strict=True):
             entry.labels = [{name: value for name, value in row.items() if name != "score"} for row in scores]
@@ -142,18 +156,22 @@ def classify_files(
     return results
 
 
-def _read(
-    classifier: SiglipZeroShotImageClassificationPipeline, batch: Iterable[Classified]
-) -> Iterator[tuple[Classified, Image.Image]]:
-    for entry in batch:
-        try:
-            yield entry, classifier.load_picture(entry.source)
-        except PictureError as error:
-            entry.error = error.reason
+def _read(classifier: SiglipZeroShotImageClassificationPipeline, entry: Classified) -> Image.Image | None:
+    """The picture of an entry, or None, with the reason in the entry."""
+    try:
+        return classifier.load_picture(entry.source)
+    except PictureError as error:
+        entry.error = error.reason
+        return None
 
 
 def truth_of(source: str, truth: Mapping[str, str] | None) -> str | None:
-    """The right label of a picture, by its path or by its file name, or None."""
+    """The right label of a picture, or None.
+
+    Args:
+        source: its path, URL or name.
+        truth: right labels by such a source or by file name alone.
+    """
     truth = truth or {}
     return truth.get(source, truth.get(os.path.basename(source)))
 

@@ -24,6 +24,9 @@ def _figure(width: float, height: float) -> Any:
 def check_picture_file(path: str | os.PathLike[str]) -> None:
     """Refuses what would fail only after all pictures are read.
 
+    Args:
+        path: where a picture is to be written.
+
     Raises:
         ValueError: if no such picture can be written.
     """
@@ -39,6 +42,10 @@ def draw_confusion(accuracy: ZeroShotAccuracy, path: str | os.PathLike[str]) -> 
     """Draws a matrix, a row for each right class and a column for each given one, as shares of the row.
 
     Of more than `MAX_CLASSES` classes those are drawn that have the most mistakes, as the right or the given class.
+
+    Args:
+        accuracy: what to draw.
+        path: the file, of any format that matplotlib writes.
     """
     counts = accuracy.counts()
     involved: dict[int, int] = {}

@@ -210,7 +210,11 @@ class ZeroShotAccuracy:
     predicted: torch.Tensor
 
     def top(self, k: int) -> float:
-        """Share of pictures whose right label is among the best k."""
+        """Share of pictures whose right label is among the best k.
+
+        Args:
+            k: at most the K that were kept, 5 or the number of labels.
+        """
         return (self.predicted[:, :k] == self.truth[:, None]).any(dim=1).double().mean().item()
 
     def counts(self) -> Counter[tuple[int, int]]:
@@ -323,7 +327,12 @@ class Evaluation:
 
 
 def with_truth(source: Source, truth: Mapping[str, str]) -> Source:
-    """The source with labels from a table of file names, as `read_truth_file` gives it."""
+    """The source with labels from a table of file names.
+
+    Args:
+        source: pictures; labels that they have already are replaced.
+        truth: label by path or file name, as `read_truth_file` gives it. A picture that is not in it has no label.
+    """
     return Source(source.name, [replace(record, label=truth_of(record.id, truth)) for record in source], source.unused)
 
 
@@ -349,6 +358,9 @@ def evaluate(
         labels: the candidates. By default the labels of the source, underscores read as spaces. See `name_classes`.
         ks: the k of recall at k.
         on_progress: called with what is being embedded, how many are done, and how many there are.
+
+    Returns:
+        The measures, and what was left out.
 
     Raises:
         ValueError: if the source has nothing to compare with, or no picture can be read.
@@ -397,6 +409,13 @@ def name_classes(found: Sequence[str], given: Sequence[str] | None = None) -> tu
     Without `given`, a label is its own name with underscores read as spaces. With it, these are the candidates, and a
     label is found among them, whatever its case, or is a number that counts them from 0; or, if not one is found and
     there are as many of both, the candidates name the labels in their sorted order (as ImageNet's folders are named).
+
+    Args:
+        found: labels of the source.
+        given: candidates, in their order.
+
+    Returns:
+        C names, and for each label its number among them.
 
     Raises:
         ValueError: if labels are bare numbers without `given`, or not to be found in it.

@@ -134,6 +134,9 @@ TEMPLATE_SETS: dict[str, tuple[str, ...]] = {
 def template_set(name: str) -> tuple[str, ...]:
     """The templates of a set.
 
+    Args:
+        name: one of `TEMPLATE_SETS`.
+
     Raises:
         ValueError: if there is no such set.
     """
