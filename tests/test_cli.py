@@ -53,7 +53,7 @@ def names(out):
 
 
 def test_json_holds_the_scores_of_the_pipeline(run, folder, checkpoint):
-    code, out, err = run("classify", folder / "b.png", "--labels", LABELS, "--top", 2, "--json")
+    code, out, err = run("classify", folder / "b.png", "--labels", LABELS, "--top", 2, "--json", "--no-fast")
     assert (code, err) == (0, "")
     (entry,) = json.loads(out)
     pipe = siglip_hf.classify.load_classifier(str(checkpoint), "cpu")
@@ -63,6 +63,16 @@ def test_json_holds_the_scores_of_the_pipeline(run, folder, checkpoint):
         {name: pytest.approx(value, abs=1e-6) for name, value in row.items() if name != "score"} for row in expected
     ]
     assert list(entry["labels"][0]) == ["label", "cosine", "logit", "sigmoid", "softmax"]
+
+
+def test_scores_are_those_of_the_optimized_model_by_default(run, folder, checkpoint):
+    code, out, _ = run("classify", folder / "b.png", "--labels", LABELS, "--json")
+    assert code == 0
+    pipe = siglip_hf.classify.load_classifier(str(checkpoint), "cpu", fast=True)
+    assert pipe.model.optimization.notes
+    expected = pipe(str(folder / "b.png"), LABELS, function_to_apply="cosine")
+    got = [(row["label"], pytest.approx(row["cosine"], abs=1e-6)) for row in json.loads(out)[0]["labels"]]
+    assert [(row["label"], row["score"]) for row in expected] == got
 
 
 def test_a_table_for_each_picture(run, folder):
@@ -224,6 +234,9 @@ def test_doctor_reports_what_is_there(run, quick_doctor, checkpoint):
     assert report["attention"]["eager"]["works"]
     assert report["attention"]["sdpa"]["works"]
     assert report["attention"]["sdpa"]["difference"] < 1e-4
+    assert report["speed"]["threads"] == torch.get_num_threads()
+    assert report["speed"]["dtype"] in ("float32", "bfloat16")
+    assert report["speed"]["notes"]
     size = sum(file.stat().st_size for file in checkpoint.iterdir())
     assert report["checkpoint"] == {"path": str(checkpoint), "bytes": size}
     assert (code, report["problems"], err) == (0, [], "")

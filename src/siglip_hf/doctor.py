@@ -57,6 +57,7 @@ def examine() -> dict[str, Any]:
         "registered": registered(),
         "extras": extras(),
         "attention": attention(),
+        "speed": speed(),
         "checkpoint": checkpoint(),
     }
     return {**report, "problems": problems(report)}
@@ -197,6 +198,23 @@ def _tiny_embeds(implementation: str, device: str, dtype: Any) -> Any:
         pixel_values = torch.rand(2, 3, 32, 32).to(device, dtype)
         input_ids = torch.arange(32).reshape(2, 16).to(device)
         return torch.cat([model.encode_image(pixel_values), model.encode_text(input_ids)]).float().cpu()
+
+
+def speed() -> dict[str, Any]:
+    """What `siglip_hf.optimize` chooses here for the embedded checkpoint, and why; `reason` if it cannot be tried.
+
+    Returns:
+        The fields of `Optimization`: dtype, threads, packed_blocks, cosine, notes.
+    """
+    import dataclasses
+
+    from siglip_hf import SiglipModel, default_checkpoint, optimize
+
+    try:
+        with _silence():
+            return dataclasses.asdict(optimize(SiglipModel.from_pretrained(default_checkpoint()).eval()).optimization)
+    except Exception as error:  # whatever goes wrong is the finding
+        return {"reason": _one_line(error)}
 
 
 @contextlib.contextmanager

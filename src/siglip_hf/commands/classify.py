@@ -41,6 +41,9 @@ def classify(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
     ] = None,
+    fast: Annotated[
+        bool, typer.Option(help="On a CPU: packed weights, bfloat16 where the CPU has it; scores rounded to that.")
+    ] = True,
 ) -> int:
     """Say which of some labels fit each picture.
 
@@ -79,7 +82,7 @@ def classify(
 
             classifier = onnx_classifier(onnx)
         else:
-            classifier = load_classifier(model or default_checkpoint(), device)
+            classifier = load_classifier(model or default_checkpoint(), device, fast)
         progress.update(task, description="classifying", total=len(sources))
         results = classify_files(
             classifier,

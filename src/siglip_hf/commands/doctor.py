@@ -45,6 +45,15 @@ def _print_report(report: dict[str, Any]) -> None:
             value = ", ".join(map(str, value)) or "none"
         return "not installed" if value is None else escape(str(value))
 
+    def speed_rows(speed: dict[str, Any]) -> dict[str, str]:
+        if "reason" in speed:
+            return {"optimize": f"[red]no[/red]: {escape(speed['reason'])}"}
+        return {
+            "computes in": text(speed["dtype"]),
+            "packed blocks": text(speed["packed_blocks"]),
+            "why": escape("\n".join(speed["notes"])),
+        }
+
     checkpoint = report["checkpoint"]
     size = f", {checkpoint['bytes'] / 1e6:.1f} MB" if checkpoint["path"] else f": {checkpoint['reason']}"
     sections = {
@@ -59,6 +68,7 @@ def _print_report(report: dict[str, Any]) -> None:
             escape(f"siglip-hf[{extra}]"): package_state(packages) for extra, packages in report["extras"].items()
         },
         "attention": {name: attention_state(entry) for name, entry in report["attention"].items()},
+        "speed on the CPU (siglip_hf.optimize)": speed_rows(report["speed"]),
         "embedded checkpoint": {"folder": text(checkpoint["path"] or "missing") + text(size)},
     }
     console = Console()
