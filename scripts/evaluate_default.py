@@ -24,6 +24,7 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import AutoModel, AutoProcessor
 
 import siglip_hf
 from training_default.captions import TEMPLATES
@@ -39,8 +40,14 @@ TARGETS = {
 }
 
 
+def on_white(pixels: Tensor) -> list[Image.Image]:
+    """Premultiplied RGBA (N, 4, S, S) uint8 as pictures on white."""
+    rgb = on_background(pixels.float() / 255, torch.ones(len(pixels), 3))
+    return [Image.fromarray(array) for array in (rgb * 255).round().byte().permute(0, 2, 3, 1).numpy()]
+
+
 class Evaluator:
-    """A model with its processor, and the concepts.
+    """A model of either kind with its processor, and the concepts.
 
     Args:
         folder: Checkpoint folder.
@@ -48,19 +55,17 @@ class Evaluator:
     """
 
     def __init__(self, folder: str, concepts: list[dict[str, Any]]) -> None:
-        self.model = siglip_hf.SiglipModel.from_pretrained(folder, dtype=torch.float32).eval()
-        self.processor = siglip_hf.SiglipProcessor.from_pretrained(folder)
+        self.model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+        self.processor = AutoProcessor.from_pretrained(folder)
         self.concepts = concepts
 
     @torch.inference_mode()
-    def embed_pictures(self, pixels: Tensor) -> Tensor:
-        """Unit embeddings (N, E) of premultiplied RGBA (N, 4, S, S) uint8, put on white."""
+    def embed_pictures(self, images: list[Image.Image], **options: Any) -> Tensor:
+        """Unit embeddings (N, E) of pictures; `options` are the processor's."""
         parts = []
-        for batch in pixels.split(128):
-            rgb = on_background(batch.float() / 255, torch.ones(len(batch), 3))
-            arrays = (rgb * 255).round().byte().permute(0, 2, 3, 1).numpy()
-            inputs = self.processor(images=[Image.fromarray(array) for array in arrays], return_tensors="pt")
-            parts.append(self.model.encode_image(inputs["pixel_values"]))
+        for start in range(0, len(images), 128):
+            inputs = self.processor(images=images[start : start + 128], return_tensors="pt", **options)
+            parts.append(self.model.encode_image(**inputs))
         return torch.cat(parts)
 
     @torch.inference_mode()
@@ -142,7 +147,7 @@ def evaluate(evaluator: Evaluator, data: Path) -> dict[str, dict[str, float]]:
     results = {}
     for style in read_styles(data, "evaluate"):
         pictures, _ = read_pictures(data, [style], concepts)
-        images, concept = evaluator.embed_pictures(pictures.pixels), pictures.concept
+        images, concept = evaluator.embed_pictures(on_white(pictures.pixels)), pictures.concept
         result = {
             "10-way, seen concepts": ten_way(images, classes["full"], concept, seen),
             "10-way, unseen concepts": ten_way(images, classes["full"], concept, unseen),
