@@ -12,6 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 from transformers import TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput
 
 import siglip_hf
 from siglip_hf.evaluation import retrieval_recall
@@ -104,6 +105,8 @@ def run_in_process(rank, kind, shape, checkpoint, data, folder):
     found = {"weights": weights(trainer), "loss": logged(trainer, "loss"), "metrics": trainer.evaluate()}
     found["sharded"] = sharded
     dist.barrier()
+    if shape == "at once":
+        return found
     # Once more, from the checkpoint.
     AcceleratorState._reset_state(reset_partial_state=True)
     resumed = make_trainer(checkpoint, data, output, cls=OnCpu if kind == "fsdp" else SiglipTrainer, **options)
@@ -150,9 +153,8 @@ def test_two_processes_are_one_with_the_same_batch(found, reference, kind, shape
                 assert result["metrics"][name] == pytest.approx(value, abs=1e-4), name
 
 
-@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_go_on_from_a_checkpoint(found, kind, shape):
+def test_two_processes_go_on_from_a_checkpoint(found, kind, shape="accumulated"):
     for rank in range(2):
         result = found[0][rank][kind, shape]
         assert largest_difference(result["resumed"], result["weights"]) < 1e-6
@@ -164,7 +166,7 @@ def test_two_processes_go_on_from_a_checkpoint(found, kind, shape):
 @pytest.mark.parametrize("at", [1, 2, 3])
 def test_a_resumed_run_takes_the_same_steps(checkpoint, data, tmp_path, at):
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 5, "save_steps": 1}
-    options |= {"optim": "adamw_torch", "learning_rate": 1e-3, "lr_scheduler_type": "cosine", **RANDOM}
+    options |= {"adam_epsilon": 1e-8, "learning_rate": 1e-3, "lr_scheduler_type": "cosine", **RANDOM}
     options |= {"save_strategy": "steps", "scale_learning_rate": 1e-2, "max_grad_norm": 1.0}
 
     def with_dropout():
@@ -204,8 +206,10 @@ def test_a_checkpoint_appears_whole(checkpoint, data, tmp_path, monkeypatch):
 
 def test_the_best_checkpoint_is_kept_and_loaded(checkpoint, data, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 3}
-    options |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": -0.05}
-    trainer = make_trainer(checkpoint, data, tmp_path, **options)  # it gets worse, so that the first is the best
+    options |= {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    trainer = make_trainer(checkpoint, data, tmp_path, metric_for_best_model="bias", **options)
+    measured = iter([3.0, 1.0, 2.0])
+    trainer.evaluation_loop = lambda *_, **__: EvalLoopOutput((), None, {"eval_bias": next(measured)}, 1)
     trainer.train()
     assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
     best = dict(siglip_hf.SiglipModel.from_pretrained(tmp_path / "checkpoint-1").named_parameters())

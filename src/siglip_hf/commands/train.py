@@ -21,7 +21,9 @@ def train(
     context: typer.Context,
     data: Annotated[
         list[str] | None,
-        typer.Argument(metavar="DATA", help="A folder, a table, tar shards or a saved dataset: pictures with captions."),
+        typer.Argument(
+            metavar="DATA", help="A folder, a table, tar shards or a saved dataset: pictures with captions."
+        ),
     ] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the run. Run again, it goes on where it was.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML or JSON file with any of these options.")] = None,
@@ -88,11 +90,10 @@ def train(
     if report is None:  # not the first process
         return 0
     _print_report(report, settings.output)
-    for count, (name, reason) in enumerate(report.skipped.items()):
-        if count == _MOST_LINES:
-            print(f"... and {len(report.skipped) - count} more, all in report.json", file=sys.stderr)
-            break
-        print(f"skipped {name}: {reason}", file=sys.stderr)
+    for line in report.skipped[:_MOST_LINES]:
+        print(f"skipped {line}", file=sys.stderr)
+    if len(report.skipped) > _MOST_LINES:
+        print(f"... and {len(report.skipped) - _MOST_LINES} more, all in report.json", file=sys.stderr)
     return 1 if report.skipped else 0
 
 
@@ -122,7 +123,7 @@ def _print_report(report: TrainReport, output: str) -> None:
     table.add_column("after", justify="right", min_width=10)
     table.add_row("loss of a batch", f"{report.first_loss:.4f}", f"{report.last_loss:.4f}")
     for name in report.after:
-        if name.endswith("recall_at_1") or name.endswith("recall_at_5"):
+        if name.endswith(("recall_at_1", "recall_at_5")):
             words = name.replace("_recall_at_", " recall@").replace("_", " ")
             table.add_row(words, *(f"{part.get(name, float('nan')):.1%}" for part in (report.before, report.after)))
     console.print(table)

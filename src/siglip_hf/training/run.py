@@ -38,7 +38,7 @@ class TrainReport:
         pairs: Pairs of the training set.
         batch_size: Pairs per step.
         steps: Optimizer steps of the whole run.
-        skipped: What was left out, and why, by id or in a line of its own.
+        skipped: What was left out and why, a line each.
         first_loss: Mean over the first logged steps.
         last_loss: Mean over the last logged steps.
         evaluated: On how many pictures, and which, recall was measured.
@@ -53,7 +53,7 @@ class TrainReport:
     pairs: int
     batch_size: int
     steps: int
-    skipped: dict[str, str]
+    skipped: list[str]
     first_loss: float
     last_loss: float
     evaluated: str
@@ -196,7 +196,7 @@ def run_training(
         pairs=len(source),
         batch_size=batch_size,
         steps=steps,
-        skipped={**dict(_split_lines(source.unused)), **broken},
+        skipped=[*source.unused, *(f"{id_}: {reason}" for id_, reason in broken.items())],
         first_loss=losses[0] if losses else math.nan,
         last_loss=losses[-1] if losses else math.nan,
         evaluated=f"{len(evaluated)} {where if held_out is not None else 'training pairs'}",
@@ -407,10 +407,6 @@ def _plot(pyplot: Any, history: list[dict[str, float]], path: Path) -> None:
 def _measures(logs: Mapping[str, float]) -> dict[str, float]:
     kept = {name.removeprefix("eval_"): value for name, value in logs.items() if "loss" in name or "recall" in name}
     return {name: float(value) for name, value in kept.items()}
-
-
-def _split_lines(lines: list[str]) -> list[tuple[str, str]]:
-    return [(name, reason.strip()) for name, _, reason in (line.partition(":") for line in lines)]
 
 
 def _write_json(path: Path, content: Any) -> None:
