@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
-from siglip_hf.image_intake import load_picture, read_bytes
+from siglip_hf.image_intake import LARGE_JPEG_PIXELS, load_picture, read_bytes
 from siglip_hf.prefetch import prefetch
 from siglip_hf.search import store
 from siglip_hf.search.store import MANIFEST, EmbeddingStore, EmbeddingWriter, Manifest, tar_path
@@ -162,7 +162,7 @@ def embed_source(
         device: "cpu", "cuda", ...; the first accelerator by default.
         dtype: of the tower; see `SiglipEmbedder`. That of the folder if it has been begun.
         store_dtype: of the stored numbers.
-        fast: use `siglip_hf.optimize`.
+        fast: as in `SiglipEmbedder`.
         workers: threads that read and decode; with Ray, actors (by default one for each GPU, or for each node).
         engine: "ray" spreads the work over a Ray cluster; all nodes must see the same files.
         address: of the cluster; by default one is started on this machine.
@@ -187,7 +187,7 @@ def embed_source(
     if kind is None:
         kind = "image" if any(record.image is not None for record in source) else "text"
     source = source.require("image" if kind == "image" else "captions")
-    items = _items(source, kind)
+    items = items_of(source, kind)
     if dtype is None and (Path(out) / MANIFEST).exists():
         dtype = Manifest.read(out).compute_dtype
     on_ray = engine == "ray"
@@ -251,7 +251,12 @@ def embed_items(embedder: SiglipEmbedder, items: Sequence[Item]) -> Iterator[Bat
         yield [row for rows in chunks for row in rows], embeddings
 
 
-def _items(source: Source, kind: str) -> list[Item]:
+def items_of(source: Source, kind: str) -> list[Item]:
+    """What there is to embed in a source: its pictures, or the captions of its records, each one.
+
+    Raises:
+        ValueError: if two have the same id.
+    """
     items = []
     for record in source:
         if kind == "image":
@@ -313,6 +318,8 @@ def _sha256(content: Any) -> str:
 def _full_size(content: Any, picture: Image.Image) -> tuple[int, int]:
     """Width and height before any reduction while decoding, upright."""
     if not isinstance(content, bytes):
+        return picture.size
+    if picture.width * picture.height * 64 <= LARGE_JPEG_PIXELS:  # even an eighth of a side of a large one is more
         return picture.size
     with Image.open(io.BytesIO(content)) as header:
         width, height = header.size

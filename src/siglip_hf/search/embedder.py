@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from siglip_hf.image_intake import load_picture
+from siglip_hf.optimization import multiplies_bfloat16, optimize
 from siglip_hf.prefetch import prefetch
 from siglip_hf.sources import Record, Source, open_source
 
@@ -85,7 +86,7 @@ class SiglipEmbedder:
             device: "cpu", "cuda", "cuda:1", ...; the first accelerator by default.
             dtype: "float32", "bfloat16" or "float16"; bfloat16 by default where the device computes in it.
             batch_size: pictures or texts in one forward.
-            fast: use `siglip_hf.optimize`.
+            fast: use `siglip_hf.optimize` on a CPU; the embeddings differ by rounding.
             workers: threads that read and decode; one per core by default.
 
         Raises:
@@ -101,8 +102,9 @@ class SiglipEmbedder:
         self.batch_size, self.fast = batch_size, fast
         self.workers = workers or _cores()
         self.model, self.processor = _load(self.name, self.dtype, self.device)
-        if fast:
-            self.model = _optimized(self.model)
+        if fast and self.device.type == "cpu" and self.dtype != torch.float16:
+            optimize(self.model, self.dtype)
+            self.dtype = self.model.dtype
 
     @property
     def dimension(self) -> int:
@@ -296,7 +298,7 @@ def _computes_in_bfloat16(device: torch.device) -> bool:
     """Whether the processor multiplies in bfloat16 itself, rather than by way of float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return device.type == "cpu" and multiplies_bfloat16()
 
 
 def _cores() -> int:
@@ -325,10 +327,6 @@ def _load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"cannot load {name!r}: {reason}") from error
     return model.to(device).eval(), processor
-
-
-def _optimized(model: Any) -> Any:
-    return model
 
 
 def _weights_sha256(name: str) -> str:
