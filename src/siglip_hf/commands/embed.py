@@ -95,10 +95,11 @@ def embed(
 def summary(result: Embedded) -> str:
     """One line about a run."""
     manifest = result.manifest
-    things = "pictures" if manifest.kind == "image" else "texts"
+    count = manifest.rows - manifest.errors
+    things = ("picture" if manifest.kind == "image" else "text") + ("" if count == 1 else "s")
     speed = f" at {result.done / result.seconds:.0f}/s" if result.done else ""
     return (
-        f"{result.path}: {manifest.rows - manifest.errors} {things} of {manifest.dimension} numbers; "
+        f"{result.path}: {count} {things} of {manifest.dimension} numbers; "
         f"{result.done} done{speed}, {result.kept} kept, {result.removed} removed"
     )
 
