@@ -117,6 +117,20 @@ def test_towers_and_classifier(name):
         torch.testing.assert_close(got[key], want[key], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_is_near_and_says_so(model, monkeypatch, dtype):
+    want = embed(model)
+    engine = torch.backends.quantized.engine
+    siglip_hf.optimize(model, dtype, int8=True)
+    assert torch.backends.quantized.engine == engine
+    assert model.optimization.packed_blocks == 3
+    assert model.optimization.cosine >= 0.99
+    assert any("int8" in note for note in model.optimization.notes)
+    for ours, plain in zip(embed(model), want, strict=True):
+        assert torch.cosine_similarity(ours.float(), plain).min() >= 0.99
+        assert not torch.allclose(ours.float(), plain, atol=1e-5)
+
+
 # The choice of dtype and threads
 
 

@@ -28,6 +28,7 @@ logger = logging.get_logger(__name__)
 #: float32, for a model to stay optimized.
 LEAST_COSINE = 0.9999
 LARGEST_DIFFERENCE = 1e-5
+LEAST_COSINE_INT8 = 0.99
 
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
@@ -55,7 +56,7 @@ class Optimization:
     notes: list[str] = field(default_factory=list)
 
 
-def optimize(model: Model, dtype: torch.dtype | None = None) -> Model:
+def optimize(model: Model, dtype: torch.dtype | None = None, *, int8: bool = False) -> Model:
     """Makes a SigLIP model faster for inference on a CPU, in place.
 
     It picks bfloat16 where the CPU multiplies in it, float32 elsewhere; packs the weights of the encoder blocks once
@@ -72,6 +73,8 @@ def optimize(model: Model, dtype: torch.dtype | None = None) -> Model:
         dtype: `torch.float32` or `torch.bfloat16`; by default the one that suits the hardware. A dtype given is taken
             as wanted, and the probe compares with the plain model in it. float16 is many times slower on CPUs: the
             model then gets the default, with a warning.
+        int8: Multiply by the blocks' weights in int8, which costs accuracy (docs/speed.md says how much); inputs are
+            quantized as they come, without calibration. The probe must then agree to a cosine of 0.99.
 
     Returns:
         The same model, in evaluation mode, with an `Optimization` as its attribute `optimization`.
@@ -102,7 +105,7 @@ def optimize(model: Model, dtype: torch.dtype | None = None) -> Model:
             choices = [dtype]
             model.to(dtype)  # type: ignore[call-overload]
             report.dtype = _name(dtype)
-        if not any(_pack(model, choice, report) for choice in choices):
+        if not any(_pack(model, choice, report, int8) for choice in choices):
             report.notes.append("left as it is: no faster way gave the same embeddings")
     model.optimization = report  # type: ignore[assignment]
     return model
@@ -161,7 +164,7 @@ def usable_cores() -> int:
 
 
 @torch.no_grad()
-def _pack(model: nn.Module, dtype: torch.dtype, report: Optimization) -> bool:
+def _pack(model: nn.Module, dtype: torch.dtype, report: Optimization, int8: bool) -> bool:
     """Packs the model's blocks in a dtype; if it then embeds the probe otherwise, puts everything back.
 
     Returns:
@@ -176,13 +179,14 @@ def _pack(model: nn.Module, dtype: torch.dtype, report: Optimization) -> bool:
     ]
     model.to(dtype)  # type: ignore[call-overload]
     for layers, index, block in blocks:
-        layers[index] = PackedEncoderLayer(block, dtype)
+        layers[index] = PackedEncoderLayer(block, dtype, int8)
     after = _embed_probe(model)
 
     cosine = nn.functional.cosine_similarity(before, after).min().item()
     difference = (before - after).abs().max().item()
-    only_reordered = dtype == torch.float32 and dtypes == {torch.float32}
-    if not (difference <= LARGEST_DIFFERENCE if only_reordered else cosine >= LEAST_COSINE):
+    only_reordered = dtype == torch.float32 and dtypes == {torch.float32} and not int8
+    least = LEAST_COSINE_INT8 if int8 else LEAST_COSINE
+    if not (difference <= LARGEST_DIFFERENCE if only_reordered else cosine >= least):
         for layers, index, block in blocks:
             layers[index] = block
         for tensor, original in zip(tensors, data, strict=True):
@@ -191,7 +195,8 @@ def _pack(model: nn.Module, dtype: torch.dtype, report: Optimization) -> bool:
         return False
 
     report.dtype, report.cosine, report.packed_blocks = _name(dtype), cosine, len(blocks)
-    report.notes.append(f"{len(blocks)} blocks on oneDNN with packed weights; nothing is compiled, so nothing warms up")
+    kind = "weights in int8" if int8 else "packed weights"
+    report.notes.append(f"{len(blocks)} blocks on oneDNN with {kind}; nothing is compiled, so nothing warms up")
     report.notes.append(f"least cosine to the model before, on {len(before)} probe inputs: {cosine:.6f}")
     model.requires_grad_(False)
     return True

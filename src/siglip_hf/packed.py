@@ -6,7 +6,9 @@ stored in the order in which the matrix units read them, so that no call packs t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -49,7 +51,7 @@ class PackedLinear:
 
     def __init__(self, *layers: nn.Linear, dtype: torch.dtype, activation: str | None = None):
         weight = torch.cat([layer.weight.detach() for layer in layers]).to(dtype)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.weight: Any = torch.ops.mkldnn._reorder_linear_weight(weight)
         self.bias = torch.cat([layer.bias.detach() for layer in layers]).to(dtype)
         self.fused = ("none", "") if activation is None else _FUSED_ACTIVATIONS.get(activation)
 
@@ -66,24 +68,67 @@ class PackedLinear:
         return torch.ops.mkldnn._linear_pointwise.binary(states, residual, self.weight, self.bias, "add")
 
 
+class Int8Linear(PackedLinear):
+    """As `PackedLinear`, multiplied in int8: weights per output, inputs per call (VNNI does 1.7 times bfloat16's rate).
+
+    Args:
+        layers: Their outputs come one after the other in the last dimension.
+        dtype: Of inputs and outputs.
+        activation: Name of the activation that follows; none is fused.
+    """
+
+    def __init__(self, *layers: nn.Linear, dtype: torch.dtype, activation: str | None = None):
+        weight = torch.cat([layer.weight.detach() for layer in layers]).float()
+        bias = torch.cat([layer.bias.detach() for layer in layers]).float()
+        scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch deprecates the constructor, and has no other for this product
+            quantized = torch.quantize_per_channel(
+                weight, scales.double(), torch.zeros(len(weight), dtype=torch.long), 0, torch.qint8
+            )
+        with _onednn_engine():
+            self.weight = torch.ops.quantized.linear_prepack(quantized, bias)
+        self.fused = ("none", "") if activation is None else None
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """Maps (..., in) to (..., out)."""
+        return torch.ops.quantized.linear_dynamic(states.float(), self.weight).to(states.dtype)
+
+    def add_to(self, residual: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """Maps (..., in) to (..., out) and adds it to `residual` (..., out)."""
+        return residual + self(states)
+
+
+@contextlib.contextmanager
+def _onednn_engine() -> Iterator[None]:
+    before = torch.backends.quantized.engine
+    torch.backends.quantized.engine = "onednn"
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = before
+
+
 class PackedEncoderLayer(SiglipEncoderLayer):
     """A block with packed weights, made from a plain one. It computes only: no gradients, no saving, no other dtype.
 
     Args:
         block: A block for which `is_packable` holds. Its layer norms are shared, its linear weights copied.
         dtype: float32 or bfloat16.
+        int8: Multiply by the weights in int8.
     """
 
-    def __init__(self, block: SiglipEncoderLayer, dtype: torch.dtype):
+    def __init__(self, block: SiglipEncoderLayer, dtype: torch.dtype, int8: bool = False):
         super(SiglipEncoderLayer, self).__init__()
         attention, mlp = block.self_attn, block.mlp
         self.dtype = dtype
         self.num_heads, self.scale = attention.num_heads, attention.scale
         self.layer_norm1, self.layer_norm2 = block.layer_norm1, block.layer_norm2
-        self.qkv = PackedLinear(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype)
-        self.out = PackedLinear(attention.out_proj, dtype=dtype)
-        self.fc1 = PackedLinear(mlp.fc1, dtype=dtype, activation=mlp.config.hidden_act)
-        self.fc2 = PackedLinear(mlp.fc2, dtype=dtype)
+        linear = Int8Linear if int8 else PackedLinear
+        self.qkv = linear(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype)
+        self.out = linear(attention.out_proj, dtype=dtype)
+        self.fc1 = linear(mlp.fc1, dtype=dtype, activation=mlp.config.hidden_act)
+        self.fc2 = linear(mlp.fc2, dtype=dtype)
         self.activation_fn = None if self.fc1.fused else mlp.activation_fn
 
     def forward(
