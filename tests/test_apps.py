@@ -1,5 +1,6 @@
 """The functions behind the pages; the pages themselves are tried in tests/browser."""
 
+import dataclasses
 import os
 import struct
 import sys
@@ -14,7 +15,7 @@ from transformers import AutoModel, AutoProcessor, BertConfig, BertModel
 
 import siglip_hf
 from siglip_hf import cli
-from siglip_hf.apps import compare, multilingual, page
+from siglip_hf.apps import compare, multilingual, page, search
 from siglip_hf.apps.scorers import ClipScorer, OpenClipScorer, Scorer, SiglipScorer, load_scorer
 from siglip_hf.image_intake import PictureError
 from tiny_clip import write_tiny_clip
@@ -331,6 +332,95 @@ class TestMultilingual:
             torch.testing.assert_close(scores.sum(), torch.tensor(1.0))
 
 
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    """The demo's index, in a cache folder of its own."""
+    for package in ("faiss", "pyarrow"):
+        pytest.importorskip(package)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        stages: list[str] = []
+        yield search.open_index(on_progress=stages.append)
+        assert "building the demo's index: 24 of 24 pictures" in stages
+        assert stages[-1] == "loading the model"
+
+
+def names(found: search.Found) -> list[str]:
+    return [hit.id for hit in found.hits]
+
+
+class TestSearch:
+    def test_words(self, index):
+        found = search.find(index, text=" a pizza ", count=3)
+        assert names(found)[0] == "pizza.png"
+        assert "3 of 24 for &#x27;a pizza&#x27;" in found.status
+
+    def test_a_picture(self, index):
+        found = search.find(index, search.Picture(PICTURES["whale"], "whale.png"))
+        assert names(found)[0] == "whale.png"
+        assert found.hits[0].cosine == pytest.approx(1, abs=1e-2)
+        assert len(found.hits) == 12
+
+    def test_filters(self, index):
+        assert names(search.find(index, text="an animal", pattern="*/t*.png")) == sorted(
+            ["tiger.png", "turtle.png"], key=names(search.find(index, text="an animal", count=24)).index
+        )
+        assert "tiger.png" in names(search.find(index, text="an animal", count=6))
+        without = search.find(index, text="an animal", not_text="tiger", count=6)
+        assert "tiger.png" not in names(without)
+        assert "&#x27;an animal&#x27;, not &#x27;tiger&#x27;" in without.status
+        assert "Nothing found" in search.find(index, text="cat", pattern="*.jpg").status
+
+    def test_nothing_asked(self, index):
+        assert search.find(index, text=" ", not_text="cat", pattern=None) == search.find(index)
+        assert search.find(index).hits == []
+        assert "24 entries" in search.find(index).status
+
+    def test_the_demo_index_is_built_once_and_again_if_damaged(self, index):
+        stages: list[str] = []
+        folder = search.demo_index(stages.append)
+        assert stages == []
+        next(Path(folder).glob("*.faiss")).write_bytes(b"broken")
+        assert search.demo_index(stages.append) == folder
+        assert stages
+
+    def test_gallery(self, index, tmp_path):
+        (hit,) = search.find(index, text="pizza", count=1).hits
+        ((thumbnail, caption),) = search.gallery_items([hit])
+        assert caption == f"{hit.cosine:.3f} ({hit.probability:.1%}) pizza.png"
+        assert max(thumbnail.size) <= search.THUMBNAIL
+        gone = dataclasses.replace(hit, path=str(tmp_path / "gone.png"), probability=None)
+        ((thumbnail, caption),) = search.gallery_items([gone])
+        assert caption == f"{hit.cosine:.3f} pizza.png"
+        assert len(set(thumbnail.getdata())) == 1
+        with pytest.raises(PictureError, match=r"gone\.png"):
+            search.read_hit(str(tmp_path / "gone.png"))
+        assert search.gallery_items([dataclasses.replace(hit, path=None)]) == []
+
+    def test_drawings(self):
+        board = Image.new("RGB", (8, 8), "white")
+        assert search.read_drawing(None) is None
+        assert search.read_drawing({"composite": None}) is None
+        assert search.read_drawing({"composite": board}) is None
+        board.putpixel((1, 1), (255, 255, 0))
+        assert search.read_drawing({"composite": board}).name == "your drawing"
+
+    def test_an_index_of_texts_is_shown_as_a_list(self, tmp_path):
+        index_source = pytest.importorskip("siglip_hf.search.index_source").index_source
+        (tmp_path / "captions.txt").write_text("a cat\na rocket\na <b>pizza</b>\n")
+        index_source([str(tmp_path / "captions.txt")], tmp_path / "texts.idx")
+        index = search.open_index(tmp_path / "texts.idx")
+        found = search.find(index, search.Picture(PICTURES["rocket"], "rocket.png"))
+        assert found.hits[0].text == "a rocket"
+        assert found.status.index("a rocket") < found.status.index("a cat")
+        assert "&lt;b&gt;" in found.status
+        assert search.gallery_items(found.hits) == []
+
+    def test_what_is_no_index(self, tmp_path):
+        with pytest.raises((OSError, ValueError), match="nothing"):
+            search.open_index(tmp_path / "nothing")
+
+
 class TestCommand:
     @pytest.fixture
     def served(self, monkeypatch):
@@ -339,8 +429,9 @@ class TestCommand:
         monkeypatch.setattr(page, "serve", lambda *arguments: calls.append(arguments))
         return calls
 
-    @pytest.mark.parametrize("name", ["compare", "multilingual"])
-    def test_starts_with_no_arguments(self, served, name):
+    @pytest.mark.parametrize("name", ["search", "compare", "multilingual"])
+    def test_starts_with_no_arguments(self, served, name, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
         assert cli.main(["app", name]) == 0
         ((blocks, host, port, share),) = served
         assert blocks.title == f"siglip-hf: {name}"

@@ -32,6 +32,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 import siglip_hf
 from siglip_hf.apps import compare, multilingual, page
 from siglip_hf.apps.scorers import load_scorer
+from tiny_clip import write_tiny_clip
 
 ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / "build" / "screenshots"
@@ -108,7 +109,7 @@ class Page:
             target = ROOT / "docs" / "img" / f"app-{name}.png"
             target.parent.mkdir(exist_ok=True)
             shot = Image.open(path).convert("RGB")
-            shot.quantize(96, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(target, optimize=True)
+            shot.quantize(200, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(target, optimize=True)
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +161,12 @@ def serve(driver: webdriver.Chrome, blocks) -> Iterator[Page]:
 @pytest.fixture(scope="module")
 def compare_page(driver, embedded) -> Iterator[Page]:
     yield from serve(driver, compare.build([embedded]))
+
+
+@pytest.fixture(scope="module")
+def two_models_page(driver, embedded, tmp_path_factory) -> Iterator[Page]:
+    clip = load_scorer(str(write_tiny_clip(tmp_path_factory.mktemp("models") / "tiny-clip")))
+    yield from serve(driver, compare.build([embedded, clip]))
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +271,19 @@ def test_compare(compare_page):
     assert_all_from_here(shown)
 
 
-def test_compare_takes_an_example_and_survives_what_is_no_picture(compare_page, broken, tmp_path):
+def test_compare_two_models_on_an_example(two_models_page):
+    shown = two_models_page
+    shown.open()
+    shown.click("button:has(img[src*='rocket.png'])")
+    shown.wait(lambda: shown.text("#results .card:first-child .bar").startswith("rocket"), "a rocket")
+    cards = [card.text for card in shown.all("#results .card")]
+    assert ["sigmoid" in card for card in cards] == [True, False]
+    assert "tiny-clip" in cards[1]
+    assert "softmax, 0.0 M parameters" in cards[1]
+    shown.screenshot("compare-two")
+
+
+def test_compare_survives_what_is_no_picture(compare_page, broken, tmp_path):
     shown = compare_page
     shown.open()
     shown.upload(broken)
@@ -274,7 +293,10 @@ def test_compare_takes_an_example_and_survives_what_is_no_picture(compare_page, 
     (tmp_path / "notes.png").write_text("no picture at all")
     shown.upload(tmp_path / "notes.png")
     shown.see("#results .problem", "notes.png")
-    shown.click("button:has(> div > img[src*='rocket.png']), button:has(img[src*='rocket.png'])")
+    (tmp_path / "large.png").write_bytes(bytes(21_000_000))
+    shown.upload(tmp_path / "large.png")
+    shown.see("body", "maximum allowed size")
+    shown.upload(PICTURES["rocket"])
     said = shown.see("#results", "siglip-hf-pictures-64")
     assert said.index("rocket") < said.index("cat")
 

@@ -35,7 +35,7 @@ CSS = """
 .bar span:last-child { text-align: right; font-variant-numeric: tabular-nums; }
 .bar i { display: block; height: .9rem; border-radius: 3px; background: var(--primary-500); min-width: 1px; }
 .bar i.pale { height: .35rem; margin-top: 2px; background: var(--neutral-400); }
-#gallery .grid-wrap { max-height: none; }
+#gallery .grid-wrap { max-height: none; overflow: hidden; }
 #gallery .caption-label { left: 0; right: 0; max-width: 100%; border-radius: 0; }
 .scores { border-collapse: collapse; width: 100%; }
 .scores th, .scores td { padding: .3rem .5rem; text-align: left; border: 1px solid var(--border-color-primary); }

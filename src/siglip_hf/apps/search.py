@@ -25,7 +25,7 @@ THUMBNAIL = 224  # longest side in pixels
 CANVAS = 400  # side of the drawing board in pixels
 MOST_RESULTS = 60
 COLOURS = ["#222222", "#d92b2b", "#f28c28", "#f5c518", "#3a9d3a", "#2b6cd9", "#8b5a2b", "#f49ac1", "#9a9a9a"]
-WORDS = ["pizza", "something to eat", "animal", "fusée", "고양이"]
+WORDS = ["animal", "fusée", "고양이", "Fahrrad", "flying"]
 
 INTRODUCTION = """
 # Search
