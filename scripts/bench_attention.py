@@ -3,7 +3,7 @@
 Blocks of the tower are alike, so a few of them (`--layers`) show the ratios of the whole. Random weights, the same for
 all; outputs are compared before anything is timed. Contestants take turns; the numbers are medians. On a GPU:
 
-    python scripts/bench_attention.py --device cuda --dtype float16 --layers 27 --batch-sizes 1 2 4 8 16 32
+    python scripts/bench_attention.py --device cuda --preset siglip-so400m-patch14-384 --layers 27 --dtype float16
 """
 
 from __future__ import annotations
@@ -127,9 +127,9 @@ def machine(device: str) -> str:
 def main() -> None:
     """Parses the options, measures, prints and draws."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="siglip-so400m-patch14-384")
-    parser.add_argument("--layers", type=int, default=2, help="blocks of the tower; 27 are all of so400m")
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--preset", default="siglip-base-patch16-384")
+    parser.add_argument("--layers", type=int, default=2, help="blocks of the tower; 12 are all of base")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")
