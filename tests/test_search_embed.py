@@ -351,6 +351,9 @@ def test_what_does_not_fit_is_refused(embed, checkpoint, photos, tmp_path):
         embed(photos, out, dtype="float16")
     with pytest.raises(ValueError, match=r"the weights of .*, not those of .*siglip-hf-pictures-64"):
         embed(photos, out, model=siglip_hf.default_checkpoint())
+    shutil.copytree(photos / "a", tmp_path / "other" / "c")
+    with pytest.raises(ValueError, match="holds 10 rows, and none of them is in this source"):
+        embed(tmp_path / "other", out)
     assert files(out) == before
     moved = shutil.copytree(checkpoint, tmp_path / "moved")
     assert embed(photos, out, model=moved).kept == 10  # the same weights elsewhere

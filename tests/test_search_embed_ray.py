@@ -112,7 +112,6 @@ def test_the_command_starts_a_cluster_of_its_own(checkpoint, photos, tmp_path):
     )
     assert done.stdout.startswith(f"{tmp_path / 'emb'}: 29 pictures of 32 numbers; 30 done"), done.stderr
     assert done.returncode == 1
-    assert done.stderr.splitlines() == [
-        "skipped 11.png: not a picture in a format that Pillow can read",
-        "1 of 30 skipped",
-    ]
+    # The core of Ray writes to stderr past Python, about something that Ray Data does.
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("[")]
+    assert lines == ["skipped 11.png: not a picture in a format that Pillow can read", "1 of 30 skipped"]

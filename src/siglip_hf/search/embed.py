@@ -169,7 +169,8 @@ def embed_source(
         on_progress: called with the rows done and the rows to do in this run.
 
     Raises:
-        ValueError: if there is nothing to embed, or the folder holds something else.
+        ValueError: if there is nothing to embed, or the folder holds something else: rows of another model, or of
+            another source altogether.
         OSError: if another run writes to the folder, or the disk is full.
     """
     from siglip_hf.search.embedder import SiglipEmbedder
@@ -292,6 +293,11 @@ def _manifest(embedder: SiglipEmbedder, kind: Literal["image", "text"], dtype: A
 def _bring_up_to_date(writer: EmbeddingWriter, items: Sequence[Item]) -> tuple[list[Item], int]:
     """Takes away the rows of what is gone or has changed; what is left to do, and how many are gone."""
     gone = writer.known.keys() - {item.id for item in items}
+    if gone and len(gone) == len(writer.known):  # a mistyped path must not cost a day of computing
+        raise ValueError(
+            f"{writer.path} holds {len(gone)} rows, and none of them is in this source; give another folder, or remove "
+            "this one."
+        )
     stamps: dict[str, str | None] = {}
     doubtful = []
     for item in items:

@@ -67,8 +67,6 @@ def embed_on_ray(
         ValueError: if there is no cluster at the address, or the actors do not fit in it.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # What goes wrong arrives as an exception; the lines of its core are for developers of Ray.
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     try:
         import ray
         import ray.data
