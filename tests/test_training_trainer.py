@@ -63,6 +63,7 @@ def test_training_changes_the_weights_and_lowers_the_loss(reference, checkpoint)
 @pytest.mark.parametrize(("size", "steps"), [(4, 2), (3, 3)])
 def test_accumulation_is_the_large_batch(reference, checkpoint, data, tmp_path, size, steps):
     options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps}
+    options["dataloader_num_workers"] = 1  # another process draws the same
     if size * steps == 8:
         expected = reference[0], reference[1]
     else:

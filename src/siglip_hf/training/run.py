@@ -365,6 +365,8 @@ def _save_model(trainer: Any, output: Path) -> None:
     if trainer.args.should_save:
         shutil.rmtree(folder, ignore_errors=True)
     trainer.accelerator.wait_for_everyone()
+    if trainer.is_fsdp_enabled:  # under accelerate launch, checkpoints may be in shards; the result is whole
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     if not hasattr(trainer.model, "peft_config"):
         trainer.save_model(str(folder), _internal_call=True)
     elif trainer.args.should_save:
