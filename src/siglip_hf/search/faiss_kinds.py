@@ -78,6 +78,16 @@ def memory_of(kind: str, count: int, dimension: int) -> int:
     return each * count + centroids
 
 
+def check_kind(kind: str | None) -> None:
+    """Refuses what is no kind of index.
+
+    Raises:
+        ValueError: naming the kinds that there are.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"{kind!r} is no kind of index; choose one of {', '.join(KINDS)}.")
+
+
 def choose_kind(count: int, dimension: int, memory: int, forced: str | None = None) -> Choice:
     """The kind of index for so many vectors.
 
@@ -90,8 +100,7 @@ def choose_kind(count: int, dimension: int, memory: int, forced: str | None = No
     Raises:
         ValueError: if there is no such kind, or none (or not the forced one) fits the memory.
     """
-    if forced is not None and forced not in KINDS:
-        raise ValueError(f"{forced!r} is no kind of index; choose one of {', '.join(KINDS)}.")
+    check_kind(forced)
     needs = {kind: memory_of(kind, count, dimension) for kind in KINDS}
     if forced is not None:
         if needs[forced] > memory:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from siglip_hf.search.faiss_kinds import check_kind
 from siglip_hf.search.index import ROW_COLUMNS, Origin
 from siglip_hf.search.index_build import IndexReport, build_index, check_can_write
 from siglip_hf.search.store import MANIFEST, EmbeddingStore
@@ -97,6 +98,7 @@ def index_source(
     Raises:
         ValueError: if there is nothing to index, or the output may not be written.
     """
+    check_kind(kind)
     check_can_write(out, overwrite=overwrite, update=update)
     options: dict[str, Any] = {"kind": kind, "memory": memory, "overwrite": overwrite, "update": update}
     store, errors, unused = embedded(

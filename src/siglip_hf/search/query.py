@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Sequence
@@ -261,16 +260,11 @@ class SearchIndex:
             return image
         return texts[query.text] if query.text else None
 
-    def _probabilities(self, cosines: np.ndarray) -> list[float | None]:
-        model = self.embedder.model
-        logits = cosines * math.exp(model.logit_scale.item()) + model.logit_bias.item()
-        return (0.5 * (1 + np.tanh(logits / 2))).tolist()  # the sigmoid, in a form that cannot overflow
-
     def _hits(self, near: Neighbours, vector: np.ndarray, other_side: np.ndarray | None) -> list[Hit]:
         cosines = near.vectors @ vector  # (n,)
         probabilities: list[float | None] = [None] * len(cosines)
         if other_side is not None:
-            probabilities = self._probabilities(near.vectors @ other_side)
+            probabilities = self.embedder.probability(near.vectors @ other_side).tolist()
         names = (near.rows[name].to_pylist() for name in ("id", "path", "text"))
         return [
             Hit(id_, path, float(cosine), probability, text)
