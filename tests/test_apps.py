@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import socket
 import struct
 import sys
 import types
@@ -422,6 +423,10 @@ class TestSearch:
 
 
 class TestCommand:
+    @pytest.fixture(autouse=True)
+    def environment(self, monkeypatch):
+        monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # the command sets it; it is put back after the test
+
     @pytest.fixture
     def served(self, monkeypatch):
         pytest.importorskip("gradio")
@@ -454,6 +459,27 @@ class TestCommand:
     def test_mistakes(self, served, capsys, arguments, message):
         assert cli.main(["app", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+    def test_a_port_that_is_taken(self, capsys):
+        pytest.importorskip("gradio")
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            assert cli.main(["app", "compare", "--port", str(port)]) == 2
+        assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("host", ["203.0.113.7", "no such host"])
+    def test_an_address_of_another_machine(self, host):
+        with pytest.raises(OSError, match=f"cannot listen on {host}, port 7860"):
+            page.free_port(host)
+
+    def test_uploads_go_when_the_page_does(self, monkeypatch):
+        pytest.importorskip("gradio")
+        folders = []
+        monkeypatch.setattr(page, "serve", lambda blocks, *options: folders.append(os.environ["GRADIO_TEMP_DIR"]))
+        assert cli.main(["app", "compare"]) == 0
+        assert not os.path.exists(folders[0])
 
     def test_without_gradio(self, monkeypatch, capsys):
         monkeypatch.setitem(sys.modules, "gradio", None)

@@ -13,13 +13,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("gradio")
 pytest.importorskip("selenium")
 
 from selenium import webdriver
@@ -43,6 +43,7 @@ WAIT = 60  # seconds; a shared machine may be slow, and a page that works is sel
 
 pytestmark = [
     pytest.mark.browser,
+    pytest.mark.skipif(not find_spec("gradio"), reason='no gradio here (pip install "siglip-hf[apps]")'),
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium here (Debian's package: chromium)"),
     pytest.mark.skipif(not DRIVER, reason="no chromedriver here (Debian's package: chromium-driver)"),
 ]

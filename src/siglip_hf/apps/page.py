@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import base64
+import errno
 import html
 import io
 import os
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -79,7 +81,7 @@ def serve(
     gr = import_gradio()
     _, address, public = blocks.launch(
         server_name=host,
-        server_port=port,
+        server_port=free_port(host, port),
         share=share,
         max_file_size=MAX_UPLOAD,
         show_error=True,
@@ -97,6 +99,27 @@ def serve(
     if wait:
         blocks.block_thread()
     return address
+
+
+def free_port(host: str, port: int | None = None) -> int:
+    """The port, or the first free one of 7860 to 7959.
+
+    Raises:
+        OSError: if it is taken, or the address is none of this machine's.
+    """
+    taken: OSError | None = None
+    for candidate in [port] if port else range(7860, 7960):
+        try:
+            family, kind, _, _, address = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0]
+            with socket.socket(family, kind) as tried:
+                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                tried.bind(address)
+            return candidate
+        except OSError as error:
+            taken = error
+            if error.errno != errno.EADDRINUSE:
+                break
+    raise OSError(f"cannot listen on {host}, port {candidate}: {taken}; choose another (--host, --port).") from taken
 
 
 def upload_box(label: str, **options: Any) -> gradio.Image:

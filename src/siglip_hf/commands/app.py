@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from enum import Enum
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from siglip_hf.commands import no_library_progress, progress_bar
+
+if TYPE_CHECKING:
+    import gradio
 
 
 class PageName(str, Enum):
@@ -50,28 +55,34 @@ def app(
         raise ValueError(f"--index is for the page search, not {page_name.value}.")
     if model and page_name is PageName.search:
         raise ValueError("the page search uses the model that its index was made with; --model is for the others.")
-    from siglip_hf import default_checkpoint
     from siglip_hf.apps import page
 
-    page.import_gradio()  # first, because a model takes its time to load
+    # These first, because a model takes its time to load.
+    page.import_gradio()
+    page.free_port(host, port)
+    with tempfile.TemporaryDirectory(prefix="siglip-hf-") as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = uploads  # what people upload goes when the page does
+        page.serve(_build(page_name, index, model, device), host, port, share)
+    return 0
+
+
+def _build(page_name: PageName, index: str | None, model: list[str] | None, device: str | None) -> gradio.Blocks:
+    from siglip_hf import default_checkpoint
+
     with no_library_progress(), progress_bar() as progress:
         if page_name is PageName.search:
             from siglip_hf.apps import search
 
             task = progress.add_task("", total=None)
             opened = search.open_index(index, device, lambda stage: progress.update(task, description=stage))
-            blocks = search.build(opened)
-        else:
-            from siglip_hf.apps import compare, multilingual
-            from siglip_hf.apps.scorers import load_scorer
+            return search.build(opened)
+        from siglip_hf.apps import compare, multilingual
+        from siglip_hf.apps.scorers import load_scorer
 
-            names = model or [default_checkpoint()]
-            task = progress.add_task("loading", total=len(names))
-            scorers = []
-            for name in names:
-                scorers.append(load_scorer(name, device))
-                progress.advance(task)
-            build = compare.build if page_name is PageName.compare else multilingual.build
-            blocks = build(scorers)
-    page.serve(blocks, host, port, share)
-    return 0
+        names = model or [default_checkpoint()]
+        task = progress.add_task("loading", total=len(names))
+        scorers = []
+        for name in names:
+            scorers.append(load_scorer(name, device))
+            progress.advance(task)
+    return compare.build(scorers) if page_name is PageName.compare else multilingual.build(scorers)
