@@ -346,6 +346,19 @@ def test_an_error_leaves_the_old_index(built, tmp_path, stage):
     assert not list(tmp_path.glob(".idx.partial*"))
 
 
+def test_a_full_disk_is_named_and_leaves_the_old_index(built, tmp_path, monkeypatch):
+    shutil.copytree(built["flat"][0], tmp_path / "idx")
+
+    def full(index, path):
+        raise RuntimeError("Error in faiss::write_index\nwrite error: No space left on device")
+
+    monkeypatch.setattr("faiss.write_index", full)
+    with pytest.raises(OSError, match=r"write error: No space left on device; is the disk full\?"):
+        build_index(ORIGIN, blocks(range(10), VECTORS), tmp_path / "idx", overwrite=True)
+    assert len(IndexFolder(tmp_path / "idx")) == 2000
+    assert not list(tmp_path.glob(".idx.partial*"))
+
+
 def test_half_of_the_memory_is_the_default(monkeypatch):
     import psutil
 

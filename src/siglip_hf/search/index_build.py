@@ -121,6 +121,7 @@ def build_index(
     Raises:
         ValueError: if there is no vector, another run writes there, no kind fits the memory, or an index to be updated
             has vectors of another model.
+        OSError: if the disk is full; the index that was there is as before.
     """
     out = Path(out)
     memory = default_memory() if memory is None else memory
@@ -153,7 +154,7 @@ def build_index(
                 keys = np.arange(len(keys))
                 index = _build(folder, choice.kind, origin.dimension, len(keys))
             _write_rows(folder, table, keys)
-            faiss_kinds.import_faiss().write_index(index, str(folder / INDEX))
+            _write_index(folder, index)
             report.bytes = (folder / INDEX).stat().st_size
             manifest = {
                 "format": FORMAT,
@@ -264,6 +265,14 @@ def _write_rows(folder: Path, table: pa.Table, keys: np.ndarray) -> None:
 
     table = table.set_column(table.column_names.index("key"), "key", pa.array(keys))
     pq.write_table(table.select(list(ROW_COLUMNS)), folder / ROWS)
+
+
+def _write_index(folder: Path, index: Any) -> None:
+    try:
+        faiss_kinds.import_faiss().write_index(index, str(folder / INDEX))
+    except RuntimeError as error:  # all that FAISS raises, whatever the system said
+        reason = str(error).strip().splitlines()[-1]
+        raise OSError(f"cannot write an index in {folder.parent}: {reason}; is the disk full?") from error
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
