@@ -122,6 +122,10 @@ def operations(config: Any, tokens: int) -> float:
     return 2.0 * layers * tokens * (linear + 2 * tokens * width)
 
 
+def _pooled(module: Any) -> Contender:
+    return lambda batch: module(batch).pooler_output
+
+
 def torch_contenders(folder: str, tower: str, dtype: torch.dtype, compiled: bool) -> dict[str, Contender]:
     """Stock and ours, loaded from one folder."""
     encode = "encode_image" if tower == "image" else "encode_text"
@@ -129,13 +133,12 @@ def torch_contenders(folder: str, tower: str, dtype: torch.dtype, compiled: bool
     for attention in ("eager", "sdpa"):
         stock = StockModel.from_pretrained(folder, dtype=dtype, attn_implementation=attention).eval()
         module = stock.vision_model if tower == "image" else stock.text_model
-        found[f"transformers {attention}"] = lambda batch, module=module: module(batch).pooler_output
+        found[f"transformers {attention}"] = _pooled(module)
     if compiled:
         import torch._inductor.config as inductor
 
         inductor.freezing = True
-        frozen = torch.compile(module, dynamic=False)
-        found["transformers, torch.compile"] = lambda batch: frozen(batch).pooler_output
+        found["transformers, torch.compile"] = _pooled(torch.compile(module, dynamic=False))
     plain = siglip_hf.SiglipModel.from_pretrained(folder, dtype=dtype).eval()
     optimized = siglip_hf.optimize(copy.deepcopy(plain), dtype)
     assert optimized.optimization.packed_blocks, optimized.optimization.notes
