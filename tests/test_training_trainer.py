@@ -155,7 +155,8 @@ def test_two_processes_are_one_with_the_same_batch(found, reference, kind, shape
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_two_processes_go_on_from_a_checkpoint(found, kind, shape="accumulated"):
+def test_two_processes_go_on_from_a_checkpoint(found, kind):
+    shape = "accumulated"
     for rank in range(2):
         result = found[0][rank][kind, shape]
         assert largest_difference(result["resumed"], result["weights"]) < 1e-6
@@ -340,9 +341,14 @@ def test_broken_pictures_are_counted_and_replaced(checkpoint, data, tmp_path):
     folder = tmp_path / "pictures"
     shutil.copytree(data, folder)
     (folder / "cat.png").write_bytes(b"nothing")
-    trainer = make_trainer(checkpoint, folder, tmp_path, max_steps=2)
+    options = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    trainer = make_trainer(checkpoint, folder, tmp_path, **options)
     trainer.train()
     assert trainer.state.global_step == 2
+    assert set(trainer.broken) == {"cat.png"}
+    resumed = make_trainer(checkpoint, folder, tmp_path, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.broken == trainer.broken  # what was found before the interruption is counted too
     metrics = trainer.evaluate()
     assert set(trainer.broken) == {"cat.png"}
     assert "not a picture" in trainer.broken["cat.png"]

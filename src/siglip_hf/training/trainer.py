@@ -6,11 +6,13 @@ appears whole or not at all. All else is the Trainer's own.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +45,7 @@ from siglip_hf.training.pairs import (
 # Checkpoints are written in here, inside the output folder, and moved out when they are whole.
 _UNFINISHED = ".unfinished"
 _SCALARS = ("logit_scale", "logit_bias")
+_BROKEN_FILE = "broken.json"
 _SCALARS_FILE = "scale_and_bias.safetensors"
 _RECALL_AT = (1, 5, 10)
 
@@ -242,7 +245,7 @@ class SiglipTrainer(Trainer):
             keep_graphs=self.args.keep_graphs,
             scaler=self.accelerator.scaler,
         )
-        self._note_logits(model, result.image_embeds, result.text_embeds, positives)
+        self._note_logits(result.image_embeds, result.text_embeds, positives)
         return result.loss
 
     def compute_loss(
@@ -265,7 +268,7 @@ class SiglipTrainer(Trainer):
             chunk_size=self.args.loss_chunk_size,
             group=self._group(),
         )
-        self._note_logits(model, images.detach(), texts.detach(), positives)
+        self._note_logits(images.detach(), texts.detach(), positives)
         return (loss, {"image_embeds": images, "text_embeds": texts}) if return_outputs else loss
 
     def _group(self) -> Any:
@@ -282,7 +285,7 @@ class SiglipTrainer(Trainer):
         return groups.chunk(self.args.world_size)[self.args.process_index].to(self.args.device)
 
     @torch.no_grad()
-    def _note_logits(self, model: nn.Module, images: Tensor, texts: Tensor, positives: Tensor | None) -> None:
+    def _note_logits(self, images: Tensor, texts: Tensor, positives: Tensor | None) -> None:
         """Keeps the mean cosine of positive and negative pairs of this process: sums of embeddings give both."""
         images, texts = images.float(), texts.float()
         if positives is None:
@@ -423,6 +426,9 @@ class SiglipTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
+        counted = Path(resume_from_checkpoint, _BROKEN_FILE)
+        if counted.exists():
+            self.broken.update(json.loads(counted.read_text()))
         path = os.path.join(resume_from_checkpoint, _SCALARS_FILE)
         if os.path.exists(path):
             values = load_file(path)
@@ -452,12 +458,14 @@ class SiglipTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             self._writes_checkpoint = False
+        broken = self.broken_everywhere()
         self.accelerator.wait_for_everyone()
         whole = os.path.join(folder, name)
         if self.state.best_model_checkpoint == os.path.join(unfinished, name):
             self.state.best_model_checkpoint = whole
         if self.args.should_save:
             self.state.save_to_json(os.path.join(unfinished, name, "trainer_state.json"))
+            Path(unfinished, name, _BROKEN_FILE).write_text(json.dumps(broken, ensure_ascii=False))
             shutil.rmtree(whole, ignore_errors=True)
             os.replace(os.path.join(unfinished, name), whole)
             shutil.rmtree(unfinished, ignore_errors=True)
