@@ -86,7 +86,9 @@ def built_recall(data: Path, style: str, work: Path) -> tuple[dict[int, float], 
     (work / "pictures").mkdir()
     for number, (code, picture) in enumerate(zip(codes, pixels, strict=True)):
         on_white = picture[:3] + (255 - picture[3])  # colours are premultiplied with alpha
-        Image.fromarray(np.ascontiguousarray(np.moveaxis(on_white, 0, -1))).save(work / "pictures" / f"{number:04d} {code}.png")
+        Image.fromarray(np.ascontiguousarray(np.moveaxis(on_white, 0, -1))).save(
+            work / "pictures" / f"{number:04d} {code}.png"
+        )
 
     def is_right(name: str, noun: str) -> bool:
         label = concepts.get(Path(name).stem.split(" ")[1], "")
