@@ -9,6 +9,7 @@ all; outputs are compared before anything is timed. Contestants take turns; the 
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import platform
 import statistics
@@ -35,16 +36,19 @@ def build(options: argparse.Namespace) -> dict[str, torch.nn.Module]:
     implementations = ["eager", "sdpa"]
     if options.device.startswith("cuda") and importlib.util.find_spec("flash_attn"):
         implementations.append("flash_attention_2")
-    towers: dict[str, torch.nn.Module] = {}
-    for name in implementations:
-        config._attn_implementation = name
-        towers[f"siglip_hf, {name}"] = SiglipVisionModel._from_config(config, dtype=dtype)
-    stock_config = StockConfig(
-        **{key: value for key, value in config.to_dict().items() if key in StockConfig().to_dict()}
-    )
+    known = StockConfig().to_dict()
+    stock_config = StockConfig(**{key: value for key, value in config.to_dict().items() if key in known})
+    # A copy of the configuration for each, since it holds the name of the implementation.
+    towers: dict[str, torch.nn.Module] = {
+        f"siglip_hf, {name}": SiglipVisionModel._from_config(
+            copy.deepcopy(config), dtype=dtype, attn_implementation=name
+        )
+        for name in implementations
+    }
     for name in ("eager", "sdpa"):
-        stock_config._attn_implementation = name
-        towers[f"stock, {name}"] = StockModel._from_config(stock_config, dtype=dtype)
+        towers[f"stock, {name}"] = StockModel._from_config(
+            copy.deepcopy(stock_config), dtype=dtype, attn_implementation=name
+        )
     first = next(iter(towers.values()))
     for name, tower in towers.items():
         tower.eval().to(options.device)
