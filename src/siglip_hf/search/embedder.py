@@ -53,7 +53,7 @@ _IMAGE_SETTINGS = (
 class SiglipEmbedder:
     """Embeds pictures and texts with a SigLIP or SigLIP 2 checkpoint, NaFlex included.
 
-    Example:
+    Examples:
         >>> embedder = SiglipEmbedder()
         >>> pictures = embedder.embed_images("photos/")  # (N, D)
         >>> texts = embedder.embed_texts(["a cat", "a dog"])  # (2, D)
@@ -137,7 +137,14 @@ class SiglipEmbedder:
         return json.loads(json.dumps({name: settings[name] for name in _IMAGE_SETTINGS if name in settings}))
 
     def probability(self, cosines: np.ndarray) -> np.ndarray:
-        """The model's probability that a picture and a text belong together, float32, of the shape of their cosines."""
+        """The model's probability that a picture and a text belong together.
+
+        Args:
+            cosines: of embeddings of pictures and texts; any shape.
+
+        Returns:
+            float32, the same shape.
+        """
         scale, bias = (value.detach().float().cpu() for value in (self.model.logit_scale, self.model.logit_bias))
         return torch.sigmoid(torch.as_tensor(cosines, dtype=torch.float32) * scale.exp() + bias).numpy()
 
@@ -164,7 +171,13 @@ class SiglipEmbedder:
         return np.concatenate(results) if results else np.empty((0, self.dimension), np.float32)
 
     def embed_texts(self, texts: str | Iterable[str]) -> np.ndarray:
-        """Embeddings of texts: float32 (N, D), each row of length 1. A single string is one text.
+        """Embeddings of texts.
+
+        Args:
+            texts: N texts, or a single one.
+
+        Returns:
+            float32 (N, D), each row of length 1.
 
         Raises:
             ValueError: if one is no string, or blank.
@@ -183,7 +196,14 @@ class SiglipEmbedder:
         return load_picture(picture, draft_to=self.draft_to)
 
     def prepare_images(self, pictures: Iterable[Image.Image]) -> dict[str, torch.Tensor] | None:
-        """Inputs of the image tower, on the CPU in its dtype; None for no picture. Few are held decoded at once."""
+        """Inputs of the image tower, on the CPU in its dtype; few pictures are held decoded at once.
+
+        Args:
+            pictures: N pictures, as `load_picture` gives them.
+
+        Returns:
+            `pixel_values` (N, C, height, width), or for NaFlex (N, patches, P) with its mask and shapes; None if N is 0.
+        """
         parts: list[Mapping[str, torch.Tensor]] = []
         held: list[Image.Image] = []
 
@@ -204,13 +224,27 @@ class SiglipEmbedder:
 
     @torch.inference_mode()
     def encode_images(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
-        """float32 (N, D) of length 1, from what `prepare_images` gives."""
+        """Embeddings of prepared pictures, in one forward.
+
+        Args:
+            inputs: what `prepare_images` gives for N pictures.
+
+        Returns:
+            float32 (N, D), each row of length 1.
+        """
         on_device = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
         return _unit(self.model.encode_image(**on_device))
 
     @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """float32 (N, D) of length 1, in one forward."""
+        """Embeddings of texts, in one forward.
+
+        Args:
+            texts: N texts.
+
+        Returns:
+            float32 (N, D), each row of length 1.
+        """
         inputs = self.processor(text=list(texts), return_tensors="pt")
         return _unit(self.model.encode_text(inputs["input_ids"].to(self.device)))
 

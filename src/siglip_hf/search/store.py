@@ -114,6 +114,9 @@ class Manifest:
     def read(cls, folder: str | os.PathLike[str]) -> Manifest:
         """The manifest of a folder.
 
+        Args:
+            folder: a folder of embeddings, finished or not.
+
         Raises:
             ValueError: if there is none, or not one that this version reads.
         """
@@ -143,7 +146,7 @@ class Manifest:
 class EmbeddingStore:
     """A finished folder of embeddings, for reading.
 
-    Example:
+    Examples:
         >>> store = EmbeddingStore.open("photos.emb")
         >>> for rows, vectors in store.iter_batches():
         ...     index.add_with_ids(vectors, ...)
@@ -159,6 +162,9 @@ class EmbeddingStore:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> EmbeddingStore:
         """Opens a folder that `siglip-hf embed` wrote to its end.
+
+        Args:
+            path: the folder.
 
         Raises:
             ValueError: if it holds no embeddings, the run that writes it has not finished, or parts are damaged.
