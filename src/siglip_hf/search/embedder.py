@@ -202,7 +202,7 @@ class SiglipEmbedder:
             pictures: N pictures, as `load_picture` gives them.
 
         Returns:
-            `pixel_values` (N, C, height, width), or for NaFlex (N, patches, P) with its mask and shapes; None if N is 0.
+            `pixel_values` (N, C, height, width), for NaFlex (N, patches, P) with mask and shapes; None if N is 0.
         """
         parts: list[Mapping[str, torch.Tensor]] = []
         held: list[Image.Image] = []
