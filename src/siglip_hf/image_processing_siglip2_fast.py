@@ -26,7 +26,7 @@ class Siglip2ImageProcessorFast(Siglip2ImageProcessorBase, SiglipImageProcessorF
     It differs from `Siglip2ImageProcessor` in the resizing only, by at most one level of 255; for where, and for
     `device` and `return_tensors`, see `SiglipImageProcessorFast`.
 
-    Example:
+    Examples:
         >>> processor = Siglip2ImageProcessorFast(max_num_patches=1024)
         >>> processor(["cat.jpg", "dog.png"], return_tensors="pt", max_num_patches=[1024, 256]).pixel_values.shape
         torch.Size([2, 1024, 768])

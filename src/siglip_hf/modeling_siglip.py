@@ -476,14 +476,33 @@ class SiglipModel(SiglipPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPooling:
-        """Returns the text tower's output, as the installed transformers does; `encode_text` returns a tensor."""
+        """Returns the text tower's output, as the installed transformers does; `encode_text` returns a tensor.
+
+        Args:
+            input_ids: (texts, L), padded to the model's length.
+            attention_mask: (texts, L); SigLIP was trained without one.
+            position_ids: (texts, L) or (1, L); 0 to L - 1 by default.
+            **kwargs: Options of the tower, such as `output_hidden_states`.
+
+        Returns:
+            `last_hidden_state` (texts, L, D) and `pooler_output` (texts, E), not normalized.
+        """
         return self.text_model(input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
 
     @can_return_tuple
     def get_image_features(
         self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False, **kwargs
     ) -> SiglipPoolingOutput:
-        """Returns the vision tower's output, as the installed transformers does; `encode_image` returns a tensor."""
+        """Returns the vision tower's output, as the installed transformers does; `encode_image` returns a tensor.
+
+        Args:
+            pixel_values: (images, C, height, width), normalized as the image processor does.
+            interpolate_pos_encoding: Accept another picture size than the configured one.
+            **kwargs: Options of the tower, such as `output_hidden_states`.
+
+        Returns:
+            `last_hidden_state` (images, N, D) and `pooler_output` (images, E), not normalized.
+        """
         return self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
 
     @can_return_tuple

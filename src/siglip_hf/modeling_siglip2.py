@@ -350,7 +350,17 @@ class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
         spatial_shapes: torch.Tensor | None = None,
         **kwargs,
     ) -> SiglipPoolingOutput:
-        """Returns the vision tower's output, as the installed transformers does; `encode_image` returns a tensor."""
+        """Returns the vision tower's output, as the installed transformers does; `encode_image` returns a tensor.
+
+        Args:
+            pixel_values: (images, N, patch dimension), as the image processor makes them.
+            pixel_attention_mask: (images, N), 1 for patches and 0 for padding.
+            spatial_shapes: (images, 2), rows and columns of patches.
+            **kwargs: Options of the tower, such as `output_hidden_states`.
+
+        Returns:
+            `last_hidden_state` (images, N, D) and `pooler_output` (images, E), not normalized.
+        """
         return self.vision_model(pixel_values, pixel_attention_mask, spatial_shapes, **kwargs)
 
     @can_return_tuple

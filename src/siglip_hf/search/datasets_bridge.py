@@ -27,7 +27,7 @@ def add_embeddings(
     The work is one `Dataset.map` in batches, so that it is cached as all maps are, and computed anew when the dataset,
     the model or the column changes.
 
-    Example:
+    Examples:
         >>> embedder = SiglipEmbedder()
         >>> dataset = add_embeddings(dataset, "image", embedder=embedder)
         >>> dataset.add_faiss_index("embeddings")

@@ -118,7 +118,7 @@ class FolderBackend:
 class SearchIndex:
     """An index that can be asked.
 
-    Example:
+    Examples:
         >>> index = SearchIndex.open("photos.idx")
         >>> for hit in index.search("a red car", k=3):
         ...     print(hit.path, hit.cosine, hit.probability)
@@ -215,8 +215,16 @@ class SearchIndex:
     def search_many(self, queries: Sequence[Query], *, k: int = 10, path_filter: str | None = None) -> list[list[Hit]]:
         """As `search`, for many queries at once: the model and the index work in batches.
 
+        Args:
+            queries: what to look for.
+            k: hits for each.
+            path_filter: as for `search`.
+
         Returns:
             The hits of each query.
+
+        Raises:
+            ValueError: for a query without a text or a picture, and for a `k` below 1.
         """
         if k < 1:
             raise ValueError(f"k={k} must be at least 1.")

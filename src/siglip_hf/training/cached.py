@@ -173,7 +173,12 @@ class _Visit:
 def embed_pairs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, Any]:
     """The embeddings of a micro-batch of images and texts, in a graph where gradients are on; None for what is missing.
 
-    `image_embeds` in the batch are handed through.
+    Args:
+        model: A SigLIP model, possibly in wrappers.
+        batch: Its inputs; `image_embeds` (B, E) among them are handed through.
+
+    Returns:
+        Images and texts, (B, E) each.
     """
     # Autocast keeps the weights it has converted. Converted without a graph, they would have no gradient later.
     torch.clear_autocast_cache()
@@ -202,7 +207,11 @@ def _parts(grad: Tensor | None, sizes: list[int]) -> list[Any]:
 
 
 def owner_of_scale(model: nn.Module) -> Any:
-    """The model inside of wrappers such as DDP."""
+    """The model inside of wrappers such as DDP.
+
+    Raises:
+        ValueError: If there is no SigLIP model in them.
+    """
     inner: Any = model
     while not hasattr(inner, "logit_scale"):
         if not hasattr(inner, "module"):
@@ -212,7 +221,7 @@ def owner_of_scale(model: nn.Module) -> Any:
 
 
 def whole_parameter(parameter: Tensor) -> Tensor:
-    """The full tensor of a parameter that FSDP may have sharded."""
+    """The full tensor of a parameter that FSDP may have sharded; any shape."""
     return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 

@@ -142,6 +142,11 @@ class ImageStore:
     def check(self, model: nn.Module, processor: Any, source: Source) -> None:
         """Makes sure that the store belongs to this image tower, these pixels and this source.
 
+        Args:
+            model: The model whose image tower is meant.
+            processor: Its processor.
+            source: The pictures.
+
         Raises:
             ValueError: naming what has changed since the store was made.
         """

@@ -181,7 +181,11 @@ class SiglipTrainer(Trainer):
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * max(1, args.world_size)
 
     def get_train_dataloader(self) -> DataLoader:
-        """Micro-batches of this process."""
+        """Micro-batches of this process.
+
+        Raises:
+            ValueError: Without a training set.
+        """
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
         source: Source = self.train_dataset
@@ -194,7 +198,11 @@ class SiglipTrainer(Trainer):
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """Pictures of the evaluation set, each once; its dataset also holds the texts."""
+        """Pictures of the evaluation set, each once; its dataset also holds the texts.
+
+        Raises:
+            ValueError: Without an evaluation set.
+        """
         if eval_dataset is None or isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
             if eval_dataset is None:
@@ -346,7 +354,11 @@ class SiglipTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Embeds all pictures and texts, spread over the processes, and measures the whole set on each of them."""
+        """Embeds all pictures and texts, spread over the processes, and measures the whole set on each of them.
+
+        Raises:
+            ValueError: If no picture of the set can be read.
+        """
         model: Any = self.model
         if not self.accelerator._models:  # evaluated without training
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
