@@ -72,9 +72,8 @@ def seconds(tower: torch.nn.Module, pixels: torch.Tensor) -> float:
 
 
 @torch.inference_mode()
-def measure(options: argparse.Namespace) -> dict[str, list[float]]:
+def measure(towers: dict[str, torch.nn.Module], options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds per picture of each contestant, for each batch size."""
-    towers = build(options)
     side = SiglipConfig.from_preset(options.preset).vision_config.image_size
     per_picture: dict[str, list[float]] = {name: [] for name in towers}
     for batch_size in options.batch_sizes:
@@ -141,7 +140,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="picture file to draw")
     options = parser.parse_args()
 
-    per_picture = measure(options)
+    per_picture = measure(build(options), options)
     print(f"machine: {machine(options.device)}")
     print(f"{options.preset}, image tower, {options.layers} blocks, {options.dtype}, median of {options.rounds}")
     print(f"{'ms per picture':28}" + "".join(f"{f'batch {size}':>12}" for size in options.batch_sizes))
