@@ -107,3 +107,16 @@ def test_presets(name, expected):
 def test_every_preset_is_a_valid_configuration():
     for name in PRESETS:
         assert SiglipConfig.from_preset(name).model_type == "siglip"
+
+
+def test_saved_towers_hold_what_stock_writes():
+    """And none of the defaults that every configuration has, such as id2label."""
+    from transformers.models.siglip.configuration_siglip import SiglipConfig as StockConfig
+
+    towers = {"hidden_size": 64, "num_attention_heads": 4}
+    ours = json.loads(SiglipConfig(text_config=towers, vision_config=towers).to_json_string())
+    stock = json.loads(StockConfig(text_config=towers, vision_config=towers).to_json_string())
+    for name in ("text_config", "vision_config"):
+        assert set(ours[name]) == set(stock[name])
+        assert ours[name]["hidden_size"] == 64
+    assert ours["model_type"] == "siglip"

@@ -201,6 +201,14 @@ class SiglipConfig(_SiglipConfigMixin, PreTrainedConfig):
     def validate_token_ids(self):
         """The text configuration checks its own ids."""
 
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written to config.json: in the towers' parts too, only what a reader needs to know."""
+        fields = super().to_diff_dict()
+        for name in self.sub_configs:
+            tower = getattr(self, name).to_diff_dict()
+            fields[name] = {key: value for key, value in tower.items() if key != "transformers_version"}
+        return fields
+
     @classmethod
     def from_text_vision_configs(
         cls, text_config: SiglipTextConfig, vision_config: SiglipVisionConfig, **kwargs
