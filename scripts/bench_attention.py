@@ -110,7 +110,7 @@ def plot(per_picture: dict[str, list[float]], options: argparse.Namespace, path:
         axes.set(xlabel="batch size")
         axes.grid(alpha=0.3)
     times.legend()
-    figure.suptitle(f"{options.preset}, image tower, {options.layers} blocks, {options.dtype}")
+    figure.suptitle(f"{options.preset}, image tower, blocks: {options.layers}, {options.dtype}")
     figure.savefig(path, dpi=110)
 
 
@@ -142,7 +142,7 @@ def main() -> None:
 
     per_picture = measure(build(options), options)
     print(f"machine: {machine(options.device)}")
-    print(f"{options.preset}, image tower, {options.layers} blocks, {options.dtype}, median of {options.rounds}")
+    print(f"{options.preset}, image tower, blocks: {options.layers}, {options.dtype}, median of {options.rounds}")
     print(f"{'ms per picture':28}" + "".join(f"{f'batch {size}':>12}" for size in options.batch_sizes))
     for name, values in per_picture.items():
         print(f"{name:28}" + "".join(f"{1000 * value:12.1f}" for value in values))
