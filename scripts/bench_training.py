@@ -102,7 +102,7 @@ def worker(rank: int, world: int, package: str, folder: str, options: argparse.N
     loss = form(*leaves)
     loss.backward()
     seconds, peak = time.perf_counter() - start, resident()[1] - before
-    grads = [leaf.grad for leaf in leaves]
+    grads: list[Any] = [leaf.grad for leaf in leaves]
     for value in (loss.data, grads[2], grads[3]):  # what DDP takes the mean of; embeddings get it through their tower
         dist.all_reduce(value)
         value /= world
