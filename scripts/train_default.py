@@ -2,7 +2,7 @@
 
 Usage: python scripts/train_default.py [--data data/pictures] [--run runs/default] [--out runs/default/checkpoint]
 
-About 40 minutes on 2 idle cores. State is saved each minute: start it again with the same --run and it goes on. The
+About 75 minutes on 2 idle cores. State is saved each minute: start it again with the same --run and it goes on. The
 learning curve is RUN/learning_curve.jsonl. The held-out styles and the held-out concepts' pictures are never read.
 """
 
@@ -72,9 +72,9 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the checkpoint (default: RUN/checkpoint)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--words", type=int, default=150_000, help="texts of stage 1 (default: %(default)s)")
-    parser.add_argument("--pictures", type=int, default=400_000, help="pictures of stage 2 (default: %(default)s)")
-    parser.add_argument("--locked", type=int, default=200_000, help="texts of stage 3 (default: %(default)s)")
-    parser.add_argument("--joint", type=int, default=60_000, help="pairs of stage 4 (default: %(default)s)")
+    parser.add_argument("--pictures", type=int, default=620_000, help="pictures of stage 2 (default: %(default)s)")
+    parser.add_argument("--locked", type=int, default=350_000, help="texts of stage 3 (default: %(default)s)")
+    parser.add_argument("--joint", type=int, default=92_160, help="pairs of stage 4 (default: %(default)s)")
     arguments = parser.parse_args()
     try:
         run = prepare(arguments.data, arguments.run, arguments.seed)

@@ -26,8 +26,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from siglip_hf.loss import sigmoid_loss
 from siglip_hf.modeling_siglip import SiglipModel
+from siglip_hf.training.cached import cached_backward
 
 from .captions import Captions, Encoder
 from .pictures import Augmenter, PictureSet, plain_pixels
@@ -143,9 +143,15 @@ class Optimizers:
         ]
         self.peaks = [[group["lr"] for group in part.param_groups] for part in self.parts]
 
-    def step(self, loss: Tensor, progress: float) -> None:
-        """One step; `progress` in 0..1 through the stage sets the rate: warm-up, constant, linear to zero."""
-        loss.backward()
+    def step(self, loss: Tensor | None, progress: float) -> None:
+        """One step; `progress` in 0..1 through the stage sets the rate: warm-up, constant, linear to zero.
+
+        Args:
+            loss: To be differentiated; None if the gradients are there already.
+            progress: See above.
+        """
+        if loss is not None:
+            loss.backward()
         nn.utils.clip_grad_norm_(self.parameters, 1.0)
         factor = min(1.0, progress / 0.02 + 0.02, (1.0 - progress) / 0.45)
         for part, peaks in zip(self.parts, self.peaks, strict=True):
@@ -323,7 +329,7 @@ def embed_texts(run: Run, texts: list[str], batch: int = 512) -> Tensor:
 def text_to_table(run: Run, table: Tensor) -> dict[str, float]:
     """How often a label finds its concept in the table, by language."""
     result = {}
-    for language in ("en", "de", "ko"):
+    for language in [name for name in ("en", "de", "ko") if name in run.concepts[0]["captions"]]:
         labels = [concept["captions"][language]["label"].lower() for concept in run.concepts]
         found = (embed_texts(run, labels) @ table.T).argmax(1)
         result[language] = (found == torch.arange(len(labels))).float().mean().item()
@@ -418,8 +424,11 @@ def locked(run: Run, total: int, batch: int = 192) -> None:
         took(loss)
 
 
-def joint(run: Run, total: int, batch: int = 192) -> None:
-    """Stage 4. Both towers on picture-label pairs with the package's loss; scale and bias start near where they end."""
+def joint(run: Run, total: int, batch: int = 768, micro_batch: int = 192) -> None:
+    """Stage 4. Both towers on picture-label pairs with the package's loss, in large batches by cached accumulation.
+
+    Scale and bias start near where they end.
+    """
     model = run.model
     with torch.no_grad():
         if not (run.folder / "joint.state.pt").exists():
@@ -428,26 +437,27 @@ def joint(run: Run, total: int, batch: int = 192) -> None:
     others = [model.logit_scale, model.logit_bias]
     towers = [model.vision_model, model.text_model]
     optimizers = Optimizers(towers, [], muon_lr=1e-3, adamw_lr=4e-4, weight_decay=0.0)
-    rate = 5e-2  # scale and bias have far to go, the towers hardly
+    rate = 1e-1  # scale and bias have far to go, the towers hardly
     calibration = torch.optim.Adam(others, lr=rate)
     generator = torch.Generator().manual_seed(run.seed + 2)
     augment, source = Augmenter(run.image_size, generator), random.Random(run.seed + 2)
     modules: dict[str, Any] = {"model": model, "optimizers": optimizers, "calibration": calibration}
+
+    def inputs(chosen: Tensor) -> dict[str, Tensor]:
+        ids, _ = sample_texts(run, run.train.concept[chosen].tolist(), source, label_share=1.0)
+        return {"pixel_values": augment(run.train.pixels[chosen], run.train.mirrored[chosen], 0.7), "input_ids": ids}
+
     for progress, took in Progress(run, "joint", total, modules, check=lambda: validate(run)).steps(batch):
         chosen = torch.randint(len(run.train), (batch,), generator=generator)
-        concept = run.train.concept[chosen]
-        pixels = augment(run.train.pixels[chosen], run.train.mirrored[chosen], 0.7)
-        ids, _ = sample_texts(run, concept.tolist(), source, label_share=1.0)
         with autocast():
-            images, texts = model.encode_image(pixels).float(), model.encode_text(ids).float()
-        with torch.autocast("cpu", enabled=False):
-            loss = sigmoid_loss(images, texts, model.logit_scale, model.logit_bias, positives=concept)
-        optimizers.step(loss, progress)
+            micro_batches = [inputs(part) for part in chosen.split(micro_batch)]
+            result = cached_backward(model, micro_batches, positives=run.train.concept[chosen])
+        optimizers.step(None, progress)
         for group in calibration.param_groups:
             group["lr"] = rate * (1.0 - progress)
         calibration.step()
         calibration.zero_grad()
-        took(loss)
+        took(result.loss)
 
 
 def validate(run: Run) -> dict[str, float]:
