@@ -51,7 +51,9 @@ format: $(DEV) ## rewrite the code in the house format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(DEV) ## compare with stock transformers on this machine; prints ratios
+bench: $(DEV) ## compare with stock transformers and peers on this machine; prints ratios (an hour)
+	$(PIP) -e ".[bench]"
+	$(PIP) --no-deps open_clip_torch timm ftfy
 	for script in scripts/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 docs: $(DEV) ## build the documentation into site/
