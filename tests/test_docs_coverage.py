@@ -139,9 +139,7 @@ def test_the_reference_names_every_public_name():
 def test_has_a_docstring(name):
     docstring = THINGS[name].__dict__.get("__doc__") if inspect.isclass(THINGS[name]) else THINGS[name].__doc__
     assert docstring, f"{name} has no docstring"
-    assert not re.search(r"^\s*Example:", docstring, re.MULTILINE), (
-        f'{name}: code belongs under "Examples:"'
-    )
+    assert not re.search(r"^\s*Example:", docstring, re.MULTILINE), f'{name}: code belongs under "Examples:"'
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

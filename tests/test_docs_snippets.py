@@ -5,11 +5,15 @@ a block is only read: it needs the network, a GPU, a browser or much time. After
 one before it prints. Published names stand for the embedded checkpoint here, or, where that is of another kind, for a
 tiny one of the kind; so do original weights and pictures. Korean pages have no code of their own, see
 scripts/docs_hooks.py.
+
+After the embedded checkpoint or its scores have changed, `UPDATE_DOCS=1 pytest tests/test_docs_snippets.py` writes what
+is printed now into the pages.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import re
 import shlex
 import shutil
@@ -53,9 +57,10 @@ NEEDS = {
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: the line before its first, its language, its text, and what is said about it."""
+    """A fenced block: the line before its first, where its text starts, its language, its text, and its mark."""
 
     line: int
+    start: int
     kind: str
     code: str
     mark: str | None
@@ -69,7 +74,9 @@ class Block:
 def blocks(page: Path) -> list[Block]:
     text = page.read_text()
     return [
-        Block(text.count("\n", 0, match.start("code")), match["kind"], match["code"], match["mark"])
+        Block(
+            text.count("\n", 0, match.start("code")), match.start("code"), match["kind"], match["code"], match["mark"]
+        )
         for match in BLOCK.finditer(text)
     ]
 
@@ -172,10 +179,15 @@ def test_page_runs(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(logging.root.manager, "disable", logging.root.manager.disable)  # a page may change it
     names: dict = {"__name__": "__main__"}
+    updated: list[tuple[Block, str]] = []
     for block in blocks(page):
         where = f"{page.name}, line {block.line}"
         if block.mark == "output":
-            assert_prints(capsys.readouterr().out, block.code, where)
+            printed = "".join(f"{line.rstrip()}\n" for line in capsys.readouterr().out.splitlines())
+            if "UPDATE_DOCS" in os.environ:
+                updated.append((block, printed))
+            else:
+                assert_prints(printed, block.code, where)
         elif block.kind == "bash":
             capsys.readouterr()
             for line in block.commands():
@@ -186,6 +198,11 @@ def test_page_runs(page, tmp_path, monkeypatch, capsys):
             capsys.readouterr()
             if block.mark != "no-run":
                 exec(code, names)
+    text = page.read_text() if updated else ""
+    for block, printed in reversed(updated):
+        text = text[: block.start] + printed + text[block.start + len(block.code) :]
+    if updated:
+        page.write_text(text)
 
 
 def test_pages_with_code_are_found():
