@@ -109,7 +109,7 @@ def test_under_torchrun_it_ends_with_the_same_weights(data, checkpoint, tmp_path
     options = ["--model", str(checkpoint), *QUICK, "--steps", "3", "--eval-every", "2", "--augment", "flip"]
     assert main(["train", str(data), "--output", str(tmp_path / "one"), *options]) == 0
     (tmp_path / "train.py").write_text("import sys\nfrom siglip_hf.cli import main\nsys.exit(main())\n")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [str(tmp_path / "train.py"), "train", str(data), "--output", str(tmp_path / "two"), *options]
     subprocess.run(command, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
