@@ -119,6 +119,9 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--flash", action="store_true", help="flash_attention_2 too, which must be installed")
     options = parser.parse_args()
+    if options.device != "cpu" and not torch.cuda.is_available():
+        print("there is no GPU here; --device cpu with small sizes tries the script itself")
+        return
     name = torch.cuda.get_device_name() if options.device != "cpu" else "CPU"
     rate = products_rate(options.device)
     console = Console(width=120)
