@@ -430,3 +430,17 @@ def test_one_tower_of_a_joint_checkpoint(model, cls, tmp_path):
     else:
         got, want = tower(inputs["pixel_values"]), model.vision_model(inputs["pixel_values"])
     assert_close(got.pooler_output, want.pooler_output, 1e-6)
+
+
+def test_load_state_dict_takes_the_published_form():
+    """As the Trainer does it when it resumes or takes the best checkpoint: the file's tensors, not converted."""
+    trained, other = (SiglipModel(tiny_config()) for _ in range(2))
+    published = dict(trained.state_dict())
+    prefix = "vision_model.head.attention"
+    for kind in ("weight", "bias"):
+        parts = [published.pop(f"{prefix}.{name}_proj.{kind}") for name in "qkv"]
+        published[f"{prefix}.in_proj_{kind}"] = torch.cat(parts)
+    other.load_state_dict(published, strict=True)
+    for name, value in trained.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    assert f"{prefix}.in_proj_weight" in published  # the caller's dict is left as it was

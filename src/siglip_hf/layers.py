@@ -8,6 +8,8 @@ Shapes: B batch, S tokens (N patches or L text tokens), D width, H heads.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
@@ -171,13 +173,26 @@ class SiglipPoolingAttention(_MultiHeadAttention):
 
     Published checkpoints hold the three input projections as one `in_proj_weight` (3 D, D); `registration` splits it on
     load and merges it on save. Separate `nn.Linear` layers are what quantization, LoRA, offload and export understand.
+    `load_state_dict` takes both forms: the Trainer resumes from files as they are.
     """
+
+    def __init__(self, config: SiglipVisionConfig):
+        super().__init__(config)
+        self.register_load_state_dict_pre_hook(_split_published)
 
     def forward(
         self, probe: torch.Tensor, hidden_states: torch.Tensor, attn_implementation: str | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Maps a probe (B, 1, D) and image tokens (B, N, D) to (B, 1, D) and the weights (B, H, 1, N) if "eager"."""
         return self._attend(probe, hidden_states, attn_implementation=attn_implementation)
+
+
+def _split_published(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    for kind in ("weight", "bias"):
+        joined = state_dict.pop(f"{prefix}in_proj_{kind}", None)
+        if joined is not None:
+            for name, part in zip(("q_proj", "k_proj", "v_proj"), joined.chunk(3), strict=True):
+                state_dict[f"{prefix}{name}.{kind}"] = part
 
 
 class SiglipMLP(nn.Module):

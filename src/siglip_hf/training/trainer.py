@@ -25,7 +25,6 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from siglip_hf.evaluation import retrieval_recall
-from siglip_hf.layers import SiglipPoolingAttention
 from siglip_hf.loss import sigmoid_loss
 from siglip_hf.sources import Record, Source
 from siglip_hf.training.cached import cached_backward, embed_pairs, owner_of_scale, whole_parameter
@@ -160,9 +159,6 @@ class SiglipTrainer(Trainer):
             processing_class=processing_class,
             **kwargs,
         )
-        for module in self.model.modules():
-            if isinstance(module, SiglipPoolingAttention):
-                module.register_load_state_dict_pre_hook(_split_published)
         self.broken: dict[str, str] = {}
         """Of each picture that could not be read, by the id of its record, the reason; of this process's share."""
         # The loss of a step is that of its whole batch, not a sum of parts to be divided.
@@ -484,15 +480,6 @@ class SiglipTrainer(Trainer):
             best = self.state.best_model_checkpoint
             rotate_checkpoints(folder, save_total_limit=self.args.save_total_limit, best_model_checkpoint=best)
         self.accelerator.wait_for_everyone()
-
-
-def _split_published(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Splits what checkpoints hold as one, the input projections of the pooling head: the Trainer loads files as is."""
-    for kind in ("weight", "bias"):
-        joined = state_dict.pop(f"{prefix}in_proj_{kind}", None)
-        if joined is not None:
-            for name, part in zip(("q_proj", "k_proj", "v_proj"), joined.chunk(3), strict=True):
-                state_dict[f"{prefix}{name}.{kind}"] = part
 
 
 class _Draws(Dataset):
