@@ -3,8 +3,8 @@
 A page runs from top to bottom in a folder of its own; its snippets share their names. After the line `<!-- no-run -->`
 a block is only read: it needs the network, a GPU, a browser or much time. After `<!-- output -->` a block is what the
 one before it prints. Published names stand for the embedded checkpoint here, or, where that is of another kind, for a
-tiny one of the kind; so do original weights and pictures. Korean pages have no code of their own, see
-scripts/docs_hooks.py.
+tiny one of the kind; so do original weights and pictures, and two steps of training for many. Korean pages have no code
+of their own, see scripts/docs_hooks.py.
 
 After the embedded checkpoint or its scores have changed, `UPDATE_DOCS=1 pytest tests/test_docs_snippets.py` writes what
 is printed now into the pages.
@@ -120,6 +120,7 @@ def set_the_scene(page: Path, folder: Path) -> Callable[[str], str]:
     def local(code: str) -> str:
         code = re.sub(r"--steps=\d+", "--steps=1", code)  # of training: that it runs, not what it learns
         code = re.sub(r"https://huggingface\.co/datasets/\S+\.jpeg", str(folder / "cat.png"), code)
+        code = re.sub(r"--steps[= ]\d+", "--steps 2", code)
         code = re.sub(r"google/siglip[\w-]*naflex", str(folder / "naflex"), code)
         return re.sub(r"google/siglip[\w-]*", siglip_hf.default_checkpoint(), code)
 
