@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import random
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+import siglip_hf
 
 BATCH_SIZE, PART_ROWS = 4, 24  # small, so that there are many moments to be killed at
 
@@ -34,8 +37,10 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         photos = write_pictures(Path(folder) / "photos", options.pictures, options.seed)
+        # A copy: a checkpoint that someone replaces meanwhile would look like a broken result.
+        model = str(shutil.copytree(options.model or siglip_hf.default_checkpoint(), Path(folder) / "model"))
         for name, check in (("embed", check_embed), ("index", check_index)):
-            result = check(Path(folder), photos, options.kills, options.seed, options.model)
+            result = check(Path(folder), photos, options.kills, options.seed, model)
             print(
                 f"{name}: {result['kills']} kills in {result['jobs']} jobs, each ended like an unbroken one, byte for "
                 f"byte; {result['resumed']} runs went on from rows on disk"
@@ -104,6 +109,8 @@ def _kill_and_compare(
         seconds = time.monotonic() - began
         assert process.exitcode == 0, "the unbroken run fails"
     unbroken = _digests(out)
+    whole = out.with_name(f"{out.name}_whole")
+    out.rename(whole)
 
     result = {"kills": 0, "jobs": 0, "resumed": 0}
     while result["kills"] < kills:
@@ -123,13 +130,14 @@ def _kill_and_compare(
             process.kill()
             process.join()
             result["kills"] += 1
+            print(f"{out.name}: {result['kills']} kills, {result['jobs']} jobs", file=sys.stderr, flush=True)
             found = count_rows(out)
             assert found >= present, f"{present} rows before, {found} now"
             result["resumed"] += found > 0
             present = found
         kept = json.loads(report.read_text())
         assert kept in (None, present), f"{present} rows were there, and {kept} were kept"
-        assert _digests(out) == unbroken, "the result is not that of the unbroken run"
+        assert _digests(out) == unbroken, f"not the result of the unbroken run: {_differences(out, whole)}"
     return result
 
 
@@ -154,6 +162,24 @@ def _digests(folder: Path) -> dict[str, str]:
     """SHA-256 of each file; the lock holds the number of a process."""
     files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != ".lock")
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def _differences(folder: Path, whole: Path) -> str:
+    """What is not the same in two folders, in words."""
+    import pyarrow.parquet as parquet
+
+    found, expected = _digests(folder), _digests(whole)
+    words = []
+    for name in sorted(found.keys() | expected.keys()):
+        if name not in found or name not in expected:
+            words.append(f"{name} is {'missing' if name in expected else 'too much'}")
+        elif found[name] != expected[name]:
+            what = "bytes"
+            if name.endswith(".parquet"):
+                one, other = (parquet.read_table(place / name).to_pydict() for place in (folder, whole))
+                what = "columns " + ", ".join(column for column in one if one[column] != other[column])
+            words.append(f"{name} has other {what}")
+    return "; ".join(words)
 
 
 def _count_rows(folder: Path) -> int:
