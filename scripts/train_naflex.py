@@ -2,7 +2,7 @@
 
 Usage: python scripts/train_naflex.py [--data data/pictures] [--run runs/naflex] [--out runs/naflex/checkpoint]
 
-About 20 minutes on 2 idle cores. State is saved each minute: start it again with the same --run and it goes on. The
+About 10 minutes on 2 idle cores. State is saved each minute: start it again with the same --run and it goes on. The
 learning curve is RUN/learning_curve.jsonl. The held-out styles and the held-out concepts' pictures are never read.
 """
 
@@ -106,8 +106,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="folder of the checkpoint (default: RUN/checkpoint)")
     parser.add_argument("--square", default=siglip_hf.default_checkpoint(), help="checkpoint to start from")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--canvases", type=int, default=40_000, help="pictures of stage 1 (default: %(default)s)")
-    parser.add_argument("--words", type=int, default=200_000, help="texts of stage 1 (default: %(default)s)")
+    parser.add_argument("--canvases", type=int, default=33_000, help="pictures of stage 1 (default: %(default)s)")
+    parser.add_argument("--words", type=int, default=220_000, help="texts of stage 1 (default: %(default)s)")
     parser.add_argument("--joint", type=int, default=15_000, help="pairs of stage 2 (default: %(default)s)")
     arguments = parser.parse_args()
     try:

@@ -187,15 +187,15 @@ def test_stock_transformers_agrees_on_naflex(naflex, naflex_processor):
     torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
-# The least number right of 24, as trained; chance is 1.
-@pytest.mark.parametrize(("budget", "least"), [(16, 0), (36, 0), (64, 0)])
+# Of 24, where 1 is chance; one more was right when it was trained.
+@pytest.mark.parametrize(("budget", "least"), [(16, 19), (36, 16), (64, 14)])
 def test_naflex_names_pictures_of_an_unseen_style(naflex, label_embeds, budget, least):
     with torch.inference_mode():
         embeds = naflex.encode_image([PICTURES / name for name in LABELS], max_num_patches=budget)
     assert number_right(embeds, label_embeds) >= least
 
 
-@pytest.mark.parametrize(("canvas", "least"), [((2, 1), 0), ((1, 2), 0), ((4, 1), 0), ((1, 4), 0)])
+@pytest.mark.parametrize(("canvas", "least"), [((2, 1), 15), ((1, 2), 11), ((4, 1), 11), ((1, 4), 14)])
 def test_naflex_names_pictures_that_are_not_square(model, processor, naflex, label_embeds, canvas, least):
     pictures = [on_canvas(name, *canvas) for name in LABELS]
     with torch.inference_mode():
@@ -203,7 +203,8 @@ def test_naflex_names_pictures_that_are_not_square(model, processor, naflex, lab
         inputs = processor(images=pictures, text=list(LABELS.values()), return_tensors="pt")
         squashed = number_right(model.encode_image(inputs["pixel_values"]), model.encode_text(inputs["input_ids"]))
     assert right >= least
-    assert right > squashed  # by the square checkpoint
+    if max(canvas) == 4:  # what the square checkpoint's processor squashes beyond recognition
+        assert right > 2 * squashed
 
 
 def test_real_pictures_packed_padded_and_alone_agree(naflex, naflex_processor):
@@ -229,17 +230,14 @@ def test_real_pictures_packed_padded_and_alone_agree(naflex, naflex_processor):
     torch.testing.assert_close(others[2], others[1], atol=1e-5, rtol=0)
 
 
-def test_pipeline_and_command_line_take_the_naflex_checkpoint(tmp_path, capsys):
-    labels = ["a cat", "a rocket", "a pizza"]
+def test_pipeline_and_command_line_take_the_naflex_checkpoint(capsys):
+    files, labels = [str(PICTURES / name) for name in LABELS], list(LABELS.values())
     classify = pipeline("zero-shot-image-classification", model=str(NAFLEX))
-    wide = on_canvas("cat.png", 2, 1)
-    wide.save(tmp_path / "wide.png")
-    scores = classify([wide], candidate_labels=labels)[0]
-    assert scores[0]["label"] == "a cat"
-    assert (
-        main(["classify", str(tmp_path / "wide.png"), "--labels", ",".join(labels), "--model", str(NAFLEX), "--json"])
-        == 0
-    )
-    (result,) = json.loads(capsys.readouterr().out)
-    assert result["labels"][0]["label"] == "a cat"
-    assert result["labels"][0]["sigmoid"] == pytest.approx(scores[0]["score"], abs=1e-3)
+    results = classify(files, candidate_labels=labels, hypothesis_template="{}")
+    assert sum(scores[0]["label"] == label for scores, label in zip(results, labels, strict=True)) >= 14
+    arguments = ["--labels", ",".join(labels), "--template", "{}", "--model", str(NAFLEX), "--no-fast", "--json"]
+    assert main(["classify", *files, *arguments]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    for scores, result in zip(results, printed, strict=True):
+        assert result["labels"][0]["label"] == scores[0]["label"]
+        assert result["labels"][0]["sigmoid"] == pytest.approx(scores[0]["score"], abs=5e-3)

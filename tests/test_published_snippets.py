@@ -50,6 +50,33 @@ probs = torch.sigmoid(logits_per_image)
 print(f"{probs[0][0]:.1%} that image 0 is '{candidate_labels[0]}'")
 """
 
+NAFLEX = """
+import torch
+import requests
+from PIL import Image
+from transformers import AutoProcessor, AutoModel
+
+model = AutoModel.from_pretrained("google/siglip2-base-patch16-naflex", dtype="auto", device_map="auto", attn_implementation="sdpa")
+processor = AutoProcessor.from_pretrained("google/siglip2-base-patch16-naflex")
+
+url = "https://huggingface.co/datasets/huggingface/documentation-images/resolve/main/pipeline-cat-chonk.jpeg"
+image = Image.open(requests.get(url, stream=True).raw)
+candidate_labels = ["a cat", "a rocket", "a pizza"]
+texts = [f'This is a photo of {label}.' for label in candidate_labels]
+
+# default value for `max_num_patches` is 256, but you can increase resulted image resolution providing higher values e.g. `max_num_patches=512`
+inputs = processor(text=texts, images=image, PADDING, return_tensors="pt").to(model.device)
+
+with torch.no_grad():
+    outputs = model(**inputs)
+
+logits_per_image = outputs.logits_per_image
+probs = torch.sigmoid(logits_per_image)
+print(f"{probs[0][0]:.1%} that image 0 is '{candidate_labels[0]}'")
+"""
+# As on the model's card and on the documentation's page.
+NAFLEX_PADDINGS = ('padding="max_length", max_length=64', 'padding="max_length", max_num_patches=256')
+
 
 @pytest.fixture
 def run(monkeypatch):
@@ -60,6 +87,7 @@ def run(monkeypatch):
 
     def execute(snippet: str) -> dict:
         code = snippet.replace("google/siglip-base-patch16-224", siglip_hf.default_checkpoint())
+        code = code.replace("google/siglip2-base-patch16-naflex", siglip_hf.naflex_checkpoint())
         if "requests" not in code:
             code = code.replace(code.split('image = "')[1].split('"')[0], str(PICTURE))
         variables: dict = {}
@@ -87,6 +115,24 @@ def test_auto_model_snippet(run, capsys):
     assert probs.shape == (1, 3)
     assert probs[0].argmax() == 0
     assert capsys.readouterr().out.endswith("that image 0 is 'a cat'\n")
+
+
+@pytest.mark.parametrize("padding", NAFLEX_PADDINGS)
+def test_naflex_snippet(run, padding, capsys):
+    variables = run(NAFLEX.replace("PADDING", padding))
+    assert type(variables["model"]).__module__ == "siglip_hf.modeling_siglip2"
+    assert type(variables["processor"]).__module__ == "siglip_hf.processing_siglip2"
+    inputs = variables["inputs"]
+    assert set(inputs) == {"input_ids", "pixel_values", "pixel_attention_mask", "spatial_shapes"}
+    assert inputs["input_ids"].shape == (3, 64)
+    assert inputs["spatial_shapes"].tolist() == ([[16, 16]] if "256" in padding else [[8, 8]])
+    model, processor = variables["model"].float(), variables["processor"]
+    with torch.no_grad():
+        texts = model.encode_text(processor(text=variables["texts"], return_tensors="pt")["input_ids"])
+        images = model.encode_image([variables["image"]], max_num_patches=inputs["pixel_values"].shape[1])
+        expected = torch.sigmoid(images @ texts.T * model.logit_scale.exp() + model.logit_bias)
+    torch.testing.assert_close(variables["probs"].float(), expected, atol=5e-3, rtol=0.05)
+    assert capsys.readouterr().out == f"{variables['probs'][0][0]:.1%} that image 0 is 'a cat'\n"
 
 
 def test_both_snippets_give_the_same_scores(run):

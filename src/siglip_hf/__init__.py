@@ -49,7 +49,7 @@ _MODULES = {
     "pooling_attention": "pooling_map",
 }
 
-__all__ = ["__version__", "default_checkpoint", *_MODULES]
+__all__ = ["__version__", "default_checkpoint", "naflex_checkpoint", *_MODULES]
 
 if TYPE_CHECKING:
     from siglip_hf.configuration_siglip import PRESETS as PRESETS
@@ -75,8 +75,8 @@ if TYPE_CHECKING:
     from siglip_hf.modeling_siglip2 import Siglip2PreTrainedModel as Siglip2PreTrainedModel
     from siglip_hf.modeling_siglip2 import Siglip2TextModel as Siglip2TextModel
     from siglip_hf.modeling_siglip2 import Siglip2VisionModel as Siglip2VisionModel
-    from siglip_hf.pooling_map import pooling_attention as pooling_attention
     from siglip_hf.optimization import optimize as optimize
+    from siglip_hf.pooling_map import pooling_attention as pooling_attention
     from siglip_hf.processing_siglip import SiglipProcessor as SiglipProcessor
     from siglip_hf.processing_siglip2 import Siglip2Processor as Siglip2Processor
     from siglip_hf.search.embedder import SiglipEmbedder as SiglipEmbedder
@@ -104,8 +104,12 @@ def default_checkpoint() -> str:
 
     It holds all files of a hub repository, so the path serves as a model name: `AutoModel.from_pretrained(path)`.
     """
-    (config,) = (Path(__file__).parent / "checkpoints").glob("*/config.json")
-    return str(config.parent)
+    return str(Path(__file__).parent / "checkpoints" / "siglip-hf-pictures-64")
+
+
+def naflex_checkpoint() -> str:
+    """Returns the folder of the embedded NaFlex checkpoint: SigLIP 2 for pictures of any aspect ratio, as small."""
+    return str(Path(__file__).parent / "checkpoints" / "siglip-hf-pictures-naflex")
 
 
 register()
