@@ -31,7 +31,7 @@ demo: $(CORE) ## label pictures of an art style the embedded checkpoint has neve
 	$(BIN)/siglip-hf classify tests/fixtures/pictures --truth tests/fixtures/pictures/labels.json --top 3 --sheet demo.png
 
 test: $(DEV) ## run the tests (a few minutes on 2 cores)
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not slow and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not slow and not browser"
 
 test-slow: $(DEV) ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow

@@ -224,7 +224,7 @@ def script():
 def test_twenty_queries_find_the_right_pictures_of_the_demo(script, tmp_path):
     found = script.demo_recall(tmp_path)
     assert len(script.QUERIES) == 20
-    assert found[1] >= 0.65  # measured: 0.70, 0.80 and 0.90
+    assert found[1] >= 0.7  # measured: 0.75, 0.80 and 0.90
     assert found[3] >= 0.75
     assert found[10] >= 0.85
 
@@ -236,5 +236,5 @@ def test_twenty_queries_find_the_right_pictures_of_a_style_that_was_not_trained_
         pytest.skip("no pictures: run scripts/build_pictures.py")
     found, count = script.built_recall(data, "fxemoji", tmp_path)
     assert count > 500
-    assert found[1] >= 0.6  # measured: 0.65, 0.70 and 0.75
+    assert found[1] >= 0.55  # measured: 0.60, 0.70 and 0.75
     assert found[10] >= 0.7

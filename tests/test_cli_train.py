@@ -76,9 +76,9 @@ def test_killed_it_goes_on_and_ends_with_the_same_weights(data, checkpoint, tmp_
     output = tmp_path / "killed"
     command = ["train", str(data), "--output", str(output), "--model", str(checkpoint), *QUICK, *options]
     code = "import sys; from siglip_hf.cli import main; sys.exit(main(sys.argv[1:]))"
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, *command], stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
-    )
+    # Bit for bit, with as many threads: another number of them adds in another order.
+    threads = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-c", code, *command], stdout=subprocess.DEVNULL, env=threads)
     while not (output / "checkpoint-3").exists():
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.01)

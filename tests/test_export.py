@@ -144,7 +144,7 @@ def test_the_command_line_exports_and_classifies(checkpoint, exported, picture, 
 
     picture.save(tmp_path / "cat.png")
     scores = []
-    for source in (["--onnx", str(exported[1])], ["--model", str(checkpoint)]):
+    for source in (["--onnx", str(exported[1])], ["--model", str(checkpoint), "--no-fast"]):
         assert main(["classify", str(tmp_path / "cat.png"), "--labels", "cat, dog", "--json", *source]) == 0
         (row,) = json.loads(capsys.readouterr().out)
         scores.append({label["label"]: label["logit"] for label in row["labels"]})
@@ -252,7 +252,7 @@ def test_the_snippets_of_the_page_run(checkpoint, exported, picture, tmp_path, m
     picture.save("cat.png")
     # The page's first step is the fixture's; tracing it once more would tell nothing.
     monkeypatch.setattr(
-        export_module, "export", lambda model, output: shutil.copytree(exported[1], output) and exported[2]
+        export_module, "export", lambda model, output, **_: shutil.copytree(exported[1], output) and exported[2]
     )
     names: dict = {}
     for snippet in snippets:
