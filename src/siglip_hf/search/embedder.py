@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -249,7 +250,7 @@ class SiglipEmbedder:
         return _unit(self.model.encode_text(inputs["input_ids"].to(self.device)))
 
     def encode_ahead(self, items: Sequence[Any], prepare: Any) -> Iterator[tuple[list[Any], np.ndarray]]:
-        """Embeds pictures in batches while the next ones are prepared in threads.
+        """Embeds pictures in batches that are prepared in threads: ahead of an accelerator, in turns with a CPU.
 
         Args:
             items: anything; `batch_size` of them make a batch.
@@ -260,10 +261,9 @@ class SiglipEmbedder:
             For each batch, in order, the results of its chunks, and the embeddings (n, D) of their inputs.
         """
         size = self.batch_size
-        chunks = [
-            range(start, min(start + CHUNK_SIZE, batch + size, len(items)))
-            for batch in range(0, len(items), size)
-            for start in range(batch, min(batch + size, len(items)), CHUNK_SIZE)
+        batches = [
+            [range(start, min(start + CHUNK_SIZE, end)) for start in range(begin, end, CHUNK_SIZE)]
+            for begin, end in ((begin, min(begin + size, len(items))) for begin in range(0, len(items), size))
         ]
         depth = self.workers + 2 * -(-size // CHUNK_SIZE)
         threads = torch.get_num_threads()
@@ -273,22 +273,25 @@ class SiglipEmbedder:
                 torch.set_num_threads(1)
             return prepare([items[i] for i in chunk])
 
-        results: list[Any] = []
-        inputs: list[Mapping[str, torch.Tensor]] = []
+        def prepared_batches() -> Iterator[list[Any]]:
+            # A tower on the CPU uses all cores. Threads beside it would make each of its products wait for the slowest
+            # core: taking turns is faster (920 against 780 pictures/s with the embedded checkpoint on 2 cores).
+            if self.device.type == "cpu":
+                for batch in batches:
+                    yield list(prefetch(batch, prepare_chunk, workers=self.workers, depth=depth))
+            else:
+                ahead = prefetch(itertools.chain(*batches), prepare_chunk, workers=self.workers, depth=depth)
+                for batch in batches:
+                    yield list(itertools.islice(ahead, len(batch)))
+
         try:
-            ahead = prefetch(chunks, prepare_chunk, workers=self.workers, depth=depth)
-            for chunk, (result, prepared) in zip(chunks, ahead, strict=True):
-                results.append(result)
-                if prepared is not None:
-                    inputs.append(prepared)
-                if chunk.stop % size and chunk.stop < len(items):
-                    continue
+            for done in prepared_batches():
+                inputs = [prepared for _, prepared in done if prepared is not None]
                 if inputs:
                     embeds = self.encode_images({name: torch.cat([one[name] for one in inputs]) for name in inputs[0]})
                 else:
                     embeds = np.empty((0, self.dimension), np.float32)
-                yield results, embeds
-                results, inputs = [], []
+                yield [result for result, _ in done], embeds
         finally:
             torch.set_num_threads(threads)  # threads that begin later take over the last number set anywhere
 

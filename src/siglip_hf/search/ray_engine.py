@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from siglip_hf.search.embed import Batch, Item
     from siglip_hf.search.embedder import SiglipEmbedder
 
-# Batches that an actor gets at once: within them, it decodes the next one while its tower computes.
+# Batches that an actor gets at once: within them, it decodes the next one while its GPU computes.
 _TASK_BATCHES = 4
 
 
