@@ -363,7 +363,7 @@ class TestSearch:
         assert len(found.hits) == 12
 
     def test_filters(self, index):
-        assert names(search.find(index, text="an animal", pattern="*/t*.png")) == sorted(
+        assert names(search.find(index, text="an animal", pattern="*pictures/t*.png")) == sorted(
             ["tiger.png", "turtle.png"], key=names(search.find(index, text="an animal", count=24)).index
         )
         assert "tiger.png" in names(search.find(index, text="an animal", count=6))
