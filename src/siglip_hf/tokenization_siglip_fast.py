@@ -135,7 +135,7 @@ class SiglipTokenizerFast(SiglipTokenization, TokenizersBackend):
     def __setattr__(self, key: str, value: Any) -> None:
         super().__setattr__(key, value)
         # One set of special tokens for both, also when one is replaced later.
-        if key in ("_special_tokens_map", "_extra_special_tokens") and self.__dict__.get("slow_tokenizer"):
+        if key in ("_special_tokens_map", "_extra_special_tokens", "model_max_length") and self.__dict__.get("slow_tokenizer"):
             setattr(self.slow_tokenizer, key, value)
 
     @classmethod
