@@ -134,8 +134,9 @@ class SiglipTokenizerFast(SiglipTokenization, TokenizersBackend):
 
     def __setattr__(self, key: str, value: Any) -> None:
         super().__setattr__(key, value)
-        # One set of special tokens for both, also when one is replaced later.
-        if key in ("_special_tokens_map", "_extra_special_tokens", "model_max_length") and self.__dict__.get("slow_tokenizer"):
+        # One set of special tokens and one length for both, also when one is replaced later.
+        mirrored = ("_special_tokens_map", "_extra_special_tokens", "model_max_length")
+        if key in mirrored and self.__dict__.get("slow_tokenizer"):
             setattr(self.slow_tokenizer, key, value)
 
     @classmethod
