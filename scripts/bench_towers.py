@@ -308,22 +308,28 @@ def plot(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 _MEMORY_PROGRAM = """
-import resource, sys, torch, siglip_hf
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+import pathlib, threading, time, torch, siglip_hf
+def mebibytes(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
+own = []  # without the pages of mapped files, which the kernel takes back when it needs them; it keeps no peak of these
+def watch():
+    while True:
+        own.append(mebibytes("RssAnon"))
+        time.sleep(0.001)
 torch.set_num_threads({threads})
 siglip_hf.SiglipVisionModel._from_config(siglip_hf.SiglipVisionConfig(num_hidden_layers=1))(torch.zeros(1, 3, 224, 224))
-start = peak()
+before, own_before = mebibytes("VmHWM"), mebibytes("RssAnon")
+threading.Thread(target=watch, daemon=True).start()
 model = siglip_hf.SiglipModel.from_pretrained({folder!r}, dtype=torch.bfloat16).eval()
-loaded = peak()
 if {optimized}: siglip_hf.optimize(model, torch.bfloat16)
-packed = peak()
 with torch.inference_mode(): model.encode_image(torch.zeros({batch}, 3, 224, 224, dtype=torch.bfloat16))
-print(start, loaded, packed, peak())
+print(mebibytes("VmHWM") - before, max(own) - own_before)
 """
 
 
 def print_memory(threads: int) -> None:
-    """Peak memory above the bare process: loading, packing and inference in bfloat16, each in a process of its own."""
+    """Peak memory above the bare process, from loading to inference in bfloat16, each in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(folder, with_onnx=False)
         model = siglip_hf.SiglipModel.from_pretrained(folder, dtype=torch.bfloat16)
@@ -331,20 +337,19 @@ def print_memory(threads: int) -> None:
         weights = sum(parameter.nbytes for parameter in model.parameters()) / 2**20
         config = model.config.vision_config
         table = Table(
-            "MiB above the bare process", "weights", "loaded", "packed", "inference", "/ (weights + activations)"
+            "peak MiB above the bare process", "weights", "activations", "own memory", "/ both", "with the mapped file"
         )
         for optimized in (False, True):
             for batch in (1, 16):
                 program = _MEMORY_PROGRAM.format(threads=threads, folder=folder, optimized=optimized, batch=batch)
                 output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-                start, loaded, packed, peak = map(float, output.stdout.split()[-4:])
+                resident, own = map(float, output.stdout.split()[-2:])
                 # What a block has at once: its input, the normalized input, the MLP's inner states and the output.
                 states = batch * 196 * (3 * config.hidden_size + config.intermediate_size) * 2 / 2**20
-                pixels = batch * 3 * 224 * 224 * 2 / 2**20
-                share = (peak - start) / (weights + states + pixels)
+                states += batch * 3 * 224 * 224 * 2 / 2**20
                 name = f"{OURS if optimized else PLAIN}, batch {batch}"
-                figures = (weights, loaded - start, packed - start, peak - start)
-                table.add_row(name, *(f"{figure:.0f}" for figure in figures), f"{share:.2f}")
+                share = own / (weights + states)
+                table.add_row(name, *(f"{n:.0f}" for n in (weights, states, own)), f"{share:.2f}", f"{resident:.0f}")
         Console(width=120).print(table)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import platform
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 import siglip_hf
 import tiny
 import tiny_siglip2
-from siglip_hf import optimization
+from siglip_hf import optimization, packed
 from siglip_hf.packed import PackedEncoderLayer, is_packable
 
 pytestmark = pytest.mark.skipif(
@@ -65,6 +66,48 @@ def test_long_sequences_are_attended_in_parts(model, monkeypatch):
     want = embed(model)
     siglip_hf.optimize(model, torch.bfloat16)
     assert torch.cosine_similarity(embed(model)[0].float(), want[0]).min() >= 0.9998
+
+
+@pytest.fixture
+def rows(monkeypatch):
+    """Pictures or texts of each call of a block, after `in_parts(n)` n at a time."""
+    forward, seen = PackedEncoderLayer._forward, []
+    monkeypatch.setattr(
+        PackedEncoderLayer,
+        "_forward",
+        lambda self, states, *args: seen.append(len(states)) or forward(self, states, *args),
+    )
+    return seen
+
+
+@pytest.mark.parametrize(("at_a_time", "parts"), [(1, [1] * 5), (2, [2, 2, 1]), (3, [3, 2]), (4, [3, 2]), (5, [5])])
+def test_large_batches_go_through_a_block_in_parts(model, monkeypatch, rows, at_a_time, parts):
+    pixels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    config = model.config.vision_config
+    tokens = config.patch_grid[0] * config.patch_grid[1]
+    with torch.no_grad():
+        want = model.encode_image(pixels)
+        siglip_hf.optimize(model, torch.float32)
+        rows.clear()
+        monkeypatch.setattr(packed, "_STATES_AT_A_TIME", at_a_time * tokens * config.intermediate_size * 4)
+        got = model.encode_image(pixels)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert rows == parts * config.num_hidden_layers
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_texts_in_parts_take_their_masks_along(model, monkeypatch, rows, masked):
+    ids = tiny.tiny_inputs()["input_ids"].repeat(3, 1)[:5]
+    mask = (torch.arange(ids.shape[1]) < torch.tensor([[3], [16], [5], [9], [2]])).long() if masked else None
+    kept = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    with torch.no_grad():
+        want = model.text_model(ids, attention_mask=mask).last_hidden_state
+        siglip_hf.optimize(model, torch.float32)
+        rows.clear()
+        monkeypatch.setattr(packed, "_STATES_AT_A_TIME", 1)
+        got = model.text_model(ids, attention_mask=mask).last_hidden_state
+    torch.testing.assert_close(got[kept], want[kept], atol=1e-5, rtol=1e-5)
+    assert rows == [1] * 5  # the last block is the plain one
 
 
 def test_hidden_states_and_logits_equal_the_plain_model(model):
@@ -195,6 +238,35 @@ def test_a_model_whose_embeddings_change_is_put_back(model, monkeypatch):
         assert torch.equal(tensor, state[name])
     for ours, plain in zip(embed(model), want, strict=True):
         assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_there_are_never_two_copies_of_the_weights(model, monkeypatch, dtype):
+    model.to(dtype)
+    weights = [weakref.ref(block.mlp.fc1.weight) for block in model.vision_model.encoder.layers]
+    probe, alive = optimization._embed_probe, []
+    monkeypatch.setattr(
+        optimization,
+        "_embed_probe",
+        lambda model: alive.append([weight() is not None for weight in weights]) or probe(model),
+    )
+    siglip_hf.optimize(model, dtype)
+    assert alive == [[True, True], [False, False]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packing_can_be_undone_to_the_bit(model, monkeypatch, dtype):
+    model.to(dtype)
+    model.vision_model.requires_grad_(False)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    monkeypatch.setattr(optimization, "LEAST_COSINE", 1.1)
+    monkeypatch.setattr(optimization, "LARGEST_DIFFERENCE", -1.0)
+    siglip_hf.optimize(model, dtype)
+    assert model.optimization.packed_blocks == 0
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name])
+    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
 
 
 def test_bfloat16_falls_back_to_float32(model, monkeypatch):

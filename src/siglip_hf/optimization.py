@@ -20,7 +20,7 @@ from siglip_hf.configuration_siglip import SiglipTextConfig, as_pair
 from siglip_hf.configuration_siglip2 import Siglip2VisionConfig
 from siglip_hf.layers import SiglipEncoder, SiglipEncoderLayer
 from siglip_hf.modeling_siglip import SiglipPreTrainedModel, SiglipTextModel, SiglipVisionModel, l2_normalize
-from siglip_hf.packed import PackedEncoderLayer, is_packable
+from siglip_hf.packed import PackedEncoderLayer, is_packable, release
 
 logger = logging.get_logger(__name__)
 
@@ -167,29 +167,36 @@ def usable_cores() -> int:
 def _pack(model: nn.Module, dtype: torch.dtype, report: Optimization, int8: bool) -> bool:
     """Packs the model's blocks in a dtype; if it then embeds the probe otherwise, puts everything back.
 
+    Weights that are only put in another order are dropped block by block, since packing can be undone: at no time are
+    there two copies of the model.
+
     Returns:
         Whether the model is packed.
     """
     before = _embed_probe(model)
-    tensors = [*model.parameters(), *model.buffers()]
-    data = [tensor.data for tensor in tensors]
-    dtypes = {parameter.dtype for parameter in model.parameters()}
+    only_reordered = {parameter.dtype for parameter in model.parameters()} == {dtype} and not int8
     blocks = [
         (encoder.layers, index, block) for encoder in _encoders(model) for index, block in enumerate(_to_pack(encoder))
     ]
-    model.to(dtype)  # type: ignore[call-overload]
     for layers, index, block in blocks:
         layers[index] = PackedEncoderLayer(block, dtype, int8)
+        if only_reordered:
+            release(block)
+    others = [*model.parameters(), *model.buffers()]
+    data = [tensor.data for tensor in others]
+    model.to(dtype)  # type: ignore[call-overload]
     after = _embed_probe(model)
 
     cosine = nn.functional.cosine_similarity(before, after).min().item()
     difference = (before - after).abs().max().item()
-    only_reordered = dtype == torch.float32 and dtypes == {torch.float32} and not int8
+    exact = only_reordered and dtype == torch.float32
     least = LEAST_COSINE_INT8 if int8 else LEAST_COSINE
-    if not (difference <= LARGEST_DIFFERENCE if only_reordered else cosine >= least):
+    if not (difference <= LARGEST_DIFFERENCE if exact else cosine >= least):
         for layers, index, block in blocks:
+            if only_reordered:
+                layers[index].unpack_into(block)  # type: ignore[operator]
             layers[index] = block
-        for tensor, original in zip(tensors, data, strict=True):
+        for tensor, original in zip(others, data, strict=True):
             tensor.data = original
         report.notes.append(f"not in {_name(dtype)}: the probe's embeddings differ (least cosine {cosine:.6f})")
         return False

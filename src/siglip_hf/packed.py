@@ -7,6 +7,7 @@ stored in the order in which the matrix units read them, so that no call packs t
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,17 +28,31 @@ _FUSED_ACTIVATIONS = {
 #: Attention scores made at a time; 4 MiB in bfloat16 stay in the cache.
 _SCORES_AT_A_TIME = 2**21
 
+#: Bytes of an MLP's inner states made at a time. More than 32 MiB come as fresh pages from the kernel at every call.
+_STATES_AT_A_TIME = 20 * 2**20
+
 
 def is_packable(block: nn.Module) -> bool:
     """Whether a block is a plain one on the CPU, without hooks, adapters or quantized weights."""
     if type(block) is not SiglipEncoderLayer:
         return False
-    attention, mlp = block.self_attn, block.mlp
-    linears = (attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2)
     hooked = any(
         module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in block.modules()
     )
-    return not hooked and all(is_plain_linear(linear) and linear.weight.device.type == "cpu" for linear in linears)
+    return not hooked and all(
+        is_plain_linear(linear) and linear.weight.device.type == "cpu" for linear in _linears(block)
+    )
+
+
+def _linears(block: SiglipEncoderLayer) -> tuple[nn.Linear, ...]:
+    attention, mlp = block.self_attn, block.mlp
+    return attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2
+
+
+def release(block: SiglipEncoderLayer) -> None:
+    """Drops the weights of a block's linear layers; `PackedEncoderLayer.unpack_into` brings them back."""
+    for linear in _linears(block):
+        linear.to("meta")
 
 
 class PackedLinear:
@@ -50,7 +65,8 @@ class PackedLinear:
     """
 
     def __init__(self, *layers: nn.Linear, dtype: torch.dtype, activation: str | None = None):
-        weight = torch.cat([layer.weight.detach() for layer in layers]).to(dtype)
+        weights = [layer.weight.detach().to(dtype) for layer in layers]
+        weight = weights[0] if len(weights) == 1 else torch.cat(weights)  # cat copies even a single one
         self.weight: Any = torch.ops.mkldnn._reorder_linear_weight(weight)
         self.bias = torch.cat([layer.bias.detach() for layer in layers]).to(dtype)
         self.fused = ("none", "") if activation is None else _FUSED_ACTIVATIONS.get(activation)
@@ -59,6 +75,10 @@ class PackedLinear:
         """Maps (..., in) to (..., out), with the activation if it is one of those that can be fused."""
         name, algorithm = self.fused or ("none", "")
         return torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, name, [], algorithm)
+
+    def unpack(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The weight (out, in) and the bias (out,), bit for bit as they were packed."""
+        return self.weight.to_dense(), self.bias
 
     def __deepcopy__(self, memo: Any) -> PackedLinear:
         return self  # nothing ever writes to it
@@ -123,6 +143,7 @@ class PackedEncoderLayer(SiglipEncoderLayer):
         attention, mlp = block.self_attn, block.mlp
         self.dtype = dtype
         self.num_heads, self.scale = attention.num_heads, attention.scale
+        self.intermediate_size = mlp.config.intermediate_size
         self.layer_norm1, self.layer_norm2 = block.layer_norm1, block.layer_norm2
         linear = Int8Linear if int8 else PackedLinear
         self.qkv = linear(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype)
@@ -130,6 +151,15 @@ class PackedEncoderLayer(SiglipEncoderLayer):
         self.fc1 = linear(mlp.fc1, dtype=dtype, activation=mlp.config.hidden_act)
         self.fc2 = linear(mlp.fc2, dtype=dtype)
         self.activation_fn = None if self.fc1.fused else mlp.activation_fn
+
+    def unpack_into(self, block: SiglipEncoderLayer) -> None:
+        """Gives a block whose linear layers were moved to the meta device their weights back."""
+        tensors = [packed.unpack() for packed in (self.qkv, self.out, self.fc1, self.fc2)]
+        (weight, bias), *others = tensors
+        restored = [*zip(weight.chunk(3), bias.chunk(3), strict=True), *others]
+        for linear, (weight, bias) in zip(_linears(block), restored, strict=True):
+            linear.weight = nn.Parameter(weight, linear.weight.requires_grad)
+            linear.bias = nn.Parameter(bias, linear.bias.requires_grad)
 
     def forward(
         self,
@@ -152,6 +182,21 @@ class PackedEncoderLayer(SiglipEncoderLayer):
             )
         if hidden_states.dtype != self.dtype:
             raise ValueError(f"this model was optimized for {self.dtype}, and its states are {hidden_states.dtype}")
+        batch, length = hidden_states.shape[:2]
+        at_a_time = max(1, _STATES_AT_A_TIME // (length * self.intermediate_size * self.dtype.itemsize))
+        if batch <= at_a_time:
+            return self._forward(hidden_states, attention_mask, last_token_only)
+        even = math.ceil(batch / math.ceil(batch / at_a_time))
+        parts = hidden_states.split(even)
+        masks = [attention_mask] * len(parts)
+        if attention_mask is not None and len(attention_mask) == batch:
+            masks = attention_mask.split(even)
+        return torch.cat([self._forward(part, mask, last_token_only) for part, mask in zip(parts, masks, strict=True)])
+
+    def _forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, last_token_only: bool
+    ) -> torch.Tensor:
+        """As `forward`, for as many pictures or texts as go through the block at once."""
         attended = self._attend(self.qkv(self.layer_norm1(hidden_states)), attention_mask)  # (B, S, D)
         hidden_states = self.out.add_to(hidden_states, attended)
         if last_token_only:
