@@ -78,29 +78,15 @@ def test_accumulation_is_the_large_batch(reference, checkpoint, data, tmp_path, 
     assert logged(trainer, "epoch")[:3] == pytest.approx(logged(expected[0], "epoch")[:3])
 
 
-class OnCpu(SiglipTrainer):
-    """accelerate shards on accelerators only; it is told that it does so here."""
-
-    def create_accelerator_and_postprocess(self):
-        from accelerate.state import PartialState
-        from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-        super().create_accelerator_and_postprocess()
-        state = self.accelerator.state
-        state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="FULL_STATE_DICT")
-        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-        self.is_fsdp_enabled = True
-
-
 def run_in_process(rank, kind, shape, checkpoint, data, folder):
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
     size, steps = SHAPES[shape]
     options = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, **RANDOM}
-    options |= {"save_strategy": "steps", "save_steps": 2}
+    options |= {"save_strategy": "steps", "save_steps": 2, "fsdp": kind == "fsdp" or None}
     output = Path(folder) / f"{kind}-{shape}"
-    trainer = make_trainer(checkpoint, data, output, cls=OnCpu if kind == "fsdp" else SiglipTrainer, **options)
+    trainer = make_trainer(checkpoint, data, output, **options)
     trainer.train()
     sharded = any(hasattr(value, "full_tensor") for value in trainer.model.parameters())
     found = {"weights": weights(trainer), "loss": logged(trainer, "loss"), "metrics": trainer.evaluate()}
@@ -110,7 +96,7 @@ def run_in_process(rank, kind, shape, checkpoint, data, folder):
         return found
     # Once more, from the checkpoint.
     AcceleratorState._reset_state(reset_partial_state=True)
-    resumed = make_trainer(checkpoint, data, output, cls=OnCpu if kind == "fsdp" else SiglipTrainer, **options)
+    resumed = make_trainer(checkpoint, data, output, **options)
     resumed.train(resume_from_checkpoint=str(output / "checkpoint-2"))
     found["resumed"] = weights(resumed)
     return found

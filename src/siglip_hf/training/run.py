@@ -46,6 +46,7 @@ class TrainReport:
         after: The same after the last step.
         seconds: Of the last call.
         resumed_from: The step at which the last call began, 0 for a run in one go.
+        processes: That the last call ran on.
         finished_before: This call had nothing left to do.
         history: What was logged, in order.
     """
@@ -61,6 +62,7 @@ class TrainReport:
     after: dict[str, float]
     seconds: float
     resumed_from: int
+    processes: int = 1
     finished_before: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -146,8 +148,8 @@ def run_training(
         args.dataloader_num_workers = 4
     elif settings.workers is not None:
         args.dataloader_num_workers = settings.workers
-    if settings.fsdp and args.device.type == "cpu":
-        raise ValueError("fsdp needs accelerators; on CPUs leave it out, and each process holds the whole model.")
+    if settings.fsdp and args.world_size == 1:
+        raise ValueError("fsdp shards a model over processes, and there is one; start several with torchrun.")
 
     model, processor = _load_model(settings.model)
     store = _lock(model, processor, settings, source, args, on_progress)
@@ -204,6 +206,7 @@ def run_training(
         after=_measures(after),
         seconds=time.perf_counter() - started,
         resumed_from=int(Path(last).name.partition("-")[2]) if last else 0,
+        processes=args.world_size,
         history=history,
     )
     _plot(pyplot, history, output / PLOT_FILE)

@@ -42,7 +42,7 @@ class TrainSettings:
         precision: "float32", or "bfloat16" or "float16" for mixed precision.
         gradient_checkpointing: Compute blocks again in backward, for less memory.
         compile: Run the model through torch.compile.
-        fsdp: Shard the model over the processes (FSDP2, on accelerators).
+        fsdp: Shard the model over the processes (FSDP2).
         freeze: See `siglip_hf.training.freeze`.
         lora: Rank of LoRA adapters on all attention projections; 0 trains the weights themselves.
         image_store: Folder for embeddings of a frozen image tower, computed once; see `store_images`.

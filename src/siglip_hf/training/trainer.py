@@ -18,6 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -25,6 +27,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from siglip_hf.evaluation import retrieval_recall
+from siglip_hf.layers import SiglipEncoderLayer
 from siglip_hf.loss import sigmoid_loss
 from siglip_hf.sources import Record, Source
 from siglip_hf.training.cached import cached_backward, embed_pairs, owner_of_scale, whole_parameter
@@ -167,6 +170,22 @@ class SiglipTrainer(Trainer):
         self._means: tuple[Tensor, Tensor] | None = None
         self._timer: tuple[float, int] | None = None
         self._writes_checkpoint = False
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
+            # accelerate shards on accelerators only, although FSDP2 does it on CPUs as well.
+            plugin = FullyShardedDataParallelPlugin(**self.args.fsdp_plugin_args)
+            if state.mixed_precision != "no":
+                plugin.set_mixed_precision(state.mixed_precision)
+            state.fsdp_plugin = plugin
+            state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled and not state.fsdp_plugin.transformer_cls_names_to_wrap:
+            # Only the blocks: accelerate shards the token embedding by itself, and what lies in a module that it has
+            # sharded before, as `_no_split_modules` would have it, cannot be sharded again.
+            state.fsdp_plugin.transformer_cls_names_to_wrap = [SiglipEncoderLayer.__name__]
 
     # Data
 
