@@ -172,6 +172,7 @@ class SiglipTrainer(Trainer):
         self._writes_checkpoint = False
 
     def create_accelerator_and_postprocess(self) -> None:
+        """As the Trainer's; FSDP2 also on CPUs, and of the blocks, whatever the launcher."""
         super().create_accelerator_and_postprocess()
         state = self.accelerator.state
         if self.args.fsdp and state.distributed_type == DistributedType.MULTI_CPU:
