@@ -70,7 +70,7 @@ def test_long_sequences_are_attended_in_parts(model, monkeypatch):
 
 @pytest.fixture
 def rows(monkeypatch):
-    """Pictures or texts of each call of a block, after `in_parts(n)` n at a time."""
+    """How many pictures or texts each call of a block took."""
     forward, seen = PackedEncoderLayer._forward, []
     monkeypatch.setattr(
         PackedEncoderLayer,
