@@ -51,3 +51,16 @@ def test_errors_are_passed_on(threads):
         list(in_threads(lambda item: 1 / item, [1, 0, 2, 0]))
     with pytest.raises(OSError, match="no more"):
         list(in_threads(str, items()))
+
+
+def test_each_thread_takes_a_run_of_a_list(threads):
+    names = {}
+
+    def work(item: int) -> int:
+        names[item] = threading.current_thread().name
+        return item * item
+
+    items = list(range(10))
+    assert list(in_threads(work, items)) == [item * item for item in items]
+    runs = [items] if threads == 1 else [items[:4], items[4:8], items[8:]]
+    assert all(len({names[item] for item in run}) == 1 for run in runs)

@@ -77,7 +77,7 @@ class Siglip2ImageProcessorFast(Siglip2ImageProcessorBase, SiglipImageProcessorF
             put(patches.new_zeros(()), into=patches[rows * columns :])
             return rows, columns
 
-        entries = zip(values, pixels, scales, strict=True)
+        entries = list(zip(values, pixels, scales, strict=True))
         shapes = list(in_threads(fill, entries) if device.type == "cpu" else map(fill, entries))
         spatial_shapes = torch.tensor(shapes, device=device)  # (B, 2)
         lengths = spatial_shapes.prod(dim=1, keepdim=True)

@@ -103,7 +103,7 @@ class SiglipImageProcessorFast(SiglipImageProcessorBase):
                 division, shift = division_and_shift(scale, mean, std, item.shape[0])
                 divide_and_shift(result, division[:, None, None], shift[:, None, None])
 
-        entries = zip(results, pixels, scales, strict=True)
+        entries = list(zip(results, pixels, scales, strict=True))
         list(in_threads(fill, entries) if device.type == "cpu" else map(fill, entries))
         if do_pad:
             results = _pad(results, pad_size)

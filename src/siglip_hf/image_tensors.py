@@ -17,6 +17,7 @@ from PIL import Image
 from transformers.image_utils import PILImageResampling
 
 from .image_intake import Picture
+from .pillow_memory import shared_pixels
 
 #: How many times as large as the result a picture must be, on both sides, for torch to resize it in both directions.
 BOTH_FROM = 1.75
@@ -42,12 +43,21 @@ def resize(picture: Picture, target: tuple[int, int], resample: PILImageResampli
     between = (target[0], width) if columns_first else (height, target[1])
     options: Any = {"mode": _TORCH_MODES[resample], "antialias": True}
     if min(height / target[0], width / target[1]) < BOTH_FROM:
-        image = to_tensor(resize_with_pillow(picture, between, resample))[None]  # (1, C, *between)
+        image, channels = _to_read(resize_with_pillow(picture, between, resample))  # (1, 4 or C, *between)
     else:
-        image = to_tensor(picture)[None]  # (1, C, height, width)
+        image, channels = _to_read(picture)  # (1, 4 or C, height, width)
         if columns_first:  # otherwise torch goes through `between` by itself
             image = F.interpolate(image, between, **options)
-    return F.interpolate(image, target, **options)[0]
+    return F.interpolate(image, target, **options)[0, :channels]
+
+
+def _to_read(picture: Picture) -> tuple[torch.Tensor, int]:
+    """(1, C or more, height, width), which may be the picture's own memory, and how many channels mean something."""
+    pixels = shared_pixels(picture.pixels) if isinstance(picture.pixels, Image.Image) else None
+    if pixels is not None:
+        return torch.from_numpy(pixels).permute(2, 0, 1)[None], 3
+    image = to_tensor(picture)[None]
+    return image, image.shape[1]
 
 
 def resize_with_pillow(picture: Picture, target: tuple[int, int], resample: PILImageResampling) -> Picture:

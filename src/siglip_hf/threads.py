@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -23,13 +24,20 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
 
     Args:
         work: What can run beside itself on other items, and profits from it: it must release Python's lock.
-        items: Taken one by one, by the caller's thread.
+        items: Taken one by one, by the caller's thread; those of a list in a run of neighbours for each thread, which
+            saves the handing over.
 
     Raises:
         Exception: What `work` or `items` raise.
     """
-    items = iter(items)
     threads = min(torch.get_num_threads(), os.cpu_count() or 1)
+    if isinstance(items, Sequence) and len(items) > threads > 1:
+        length = math.ceil(len(items) / threads)
+        runs = (items[start : start + length] for start in range(0, len(items), length))
+        for results in in_threads(lambda run: [work(item) for item in run], runs):
+            yield from results
+        return
+    items = iter(items)
     first = list(itertools.islice(items, 2)) if threads > 1 else []
     items = itertools.chain(first, items)
     if len(first) < 2:
