@@ -68,8 +68,8 @@ class Siglip2ImageProcessorFast(Siglip2ImageProcessorBase, SiglipImageProcessorF
             patches, item, scale = entry
             rows, columns = item.shape[1] // patch_size, item.shape[2] // patch_size
             filled = patches[: rows * columns]  # (n, p * p * C)
-            cut = item.unflatten(2, (columns, patch_size)).unflatten(1, (rows, patch_size))  # (C, rows, p, columns, p)
-            put(cut.permute(1, 3, 2, 4, 0), into=filled.view(rows, columns, patch_size, patch_size, channels))
+            lines = item.permute(1, 2, 0).contiguous().view(rows, patch_size, columns, patch_size, channels)
+            put(lines.transpose(1, 2), into=filled.view(rows, columns, patch_size, patch_size, channels))
             if not as_they_are:
                 division, shift = division_and_shift(scale, mean, std, channels)
                 # As long as a patch: a vector is quicker to apply than a channel at a time.

@@ -34,7 +34,10 @@ def to_tensor(picture: Picture) -> torch.Tensor:
 
 
 def resize(picture: Picture, target: tuple[int, int], resample: PILImageResampling) -> torch.Tensor:
-    """uint8 (C, *target), in one direction and then in the other, each rounded to 8 bits as Pillow does."""
+    """uint8 (C, *target), in one direction and then in the other, each rounded to 8 bits as Pillow does.
+
+    Its memory is channels-last, and may have a fourth channel that is skipped.
+    """
     # Pillow filters RGBA with premultiplied alpha, which torch cannot.
     if resample not in _TORCH_MODES or _has_alpha(picture):
         return to_tensor(resize_with_pillow(picture, target, resample))
@@ -54,10 +57,12 @@ def resize(picture: Picture, target: tuple[int, int], resample: PILImageResampli
 def _to_read(picture: Picture) -> tuple[torch.Tensor, int]:
     """(1, C or more, height, width), which may be the picture's own memory, and how many channels mean something."""
     pixels = shared_pixels(picture.pixels) if isinstance(picture.pixels, Image.Image) else None
-    if pixels is not None:
-        return torch.from_numpy(pixels).permute(2, 0, 1)[None], 3
-    image = to_tensor(picture)[None]
-    return image, image.shape[1]
+    channels = 3
+    if pixels is None:
+        pixels = picture.to_array()
+        channels = pixels.shape[2]
+    # In this order torch sees that the batch is channels-last, and leaves its result so.
+    return torch.from_numpy(pixels)[None].permute(0, 3, 1, 2), channels
 
 
 def resize_with_pillow(picture: Picture, target: tuple[int, int], resample: PILImageResampling) -> Picture:
