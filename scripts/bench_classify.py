@@ -107,13 +107,17 @@ def effect_of_draft(count: int) -> None:
     whole = embed([decode(file, None) for file in files])
     side = model.config.vision_config.image_size
     table = Table(f"JPEG 640x427 to {side}x{side}", "ms to decode", "mean cosine", "least cosine")
-    for name, least in (("whole", None), *((f"draft, at least {n} times the size", n * side) for n in (4, 2, 1))):
-        start = time.process_time()
+    kinds = {"whole": None} | {f"draft, at least {times} times the size": times * side for times in (4, 2, 1)}
+    spent: dict[str, list[float]] = {name: [] for name in kinds}
+    for file in files:  # the kinds in turn
+        for name, least in kinds.items():
+            spent[name].append(seconds(lambda least=least, file=file: decode(file, least)))
+    for name, least in kinds.items():
         pictures = [decode(file, least) for file in files]
-        spent = (time.process_time() - start) / count * 1000
         cosines = (embed(pictures) * whole).sum(dim=-1)
         size = "x".join(map(str, pictures[0].size))
-        table.add_row(f"{name}: {size}", f"{spent:.2f}", f"{cosines.mean():.5f}", f"{cosines.min():.5f}")
+        milliseconds = statistics.median(spent[name]) * 1000
+        table.add_row(f"{name}: {size}", f"{milliseconds:.2f}", f"{cosines.mean():.5f}", f"{cosines.min():.5f}")
     Console(width=100).print(table)
 
 

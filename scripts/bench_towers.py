@@ -1,7 +1,7 @@
 """Towers on a CPU: stock transformers, open_clip, timm, ONNX Runtime and OpenVINO against ours, plain and optimized.
 
 Base-patch16-224, random weights (the same in stock, ours and the exported models), the same inputs. All contenders
-take turns, so that the machine's moods hit all alike; the numbers are medians. The limit is what the encoder's products
+take turns, so that the machine's moods hit all alike; the numbers are medians. The limit is what the tower's products
 alone would allow, at the highest rate measured here for one of them. The ratios are printed last.
 
     python scripts/bench_towers.py                                   # the towers; a table
@@ -116,10 +116,11 @@ def products_rate(dtype: torch.dtype, width: int, intermediate: int) -> float:
 
 
 def operations(config: Any, tokens: int) -> float:
-    """Floating-point operations of the encoder's products for one picture or text, attention included."""
+    """Floating-point operations of a tower's products over all tokens: encoder with attention, patch projection."""
     width, layers = config.hidden_size, config.num_hidden_layers
     linear = 4 * width * width + 2 * width * config.intermediate_size
-    return 2.0 * layers * tokens * (linear + 2 * tokens * width)
+    patches = config.num_channels * config.patch_size**2 * width if hasattr(config, "patch_size") else 0
+    return 2.0 * tokens * (layers * (linear + 2 * tokens * width) + patches)
 
 
 def _pooled(module: Any) -> Contender:
@@ -142,6 +143,10 @@ def torch_contenders(folder: str, tower: str, dtype: torch.dtype, compiled: bool
     plain = siglip_hf.SiglipModel.from_pretrained(folder, dtype=dtype).eval()
     optimized = siglip_hf.optimize(copy.deepcopy(plain), dtype)
     assert optimized.optimization.packed_blocks, optimized.optimization.notes
+    if dtype == torch.bfloat16:
+        in_int8 = siglip_hf.optimize(copy.deepcopy(plain), dtype, int8=True)
+        assert in_int8.optimization.packed_blocks, in_int8.optimization.notes
+        found[f"{OURS}, int8"] = getattr(in_int8, encode)
     found[PLAIN] = getattr(plain, encode)
     found[OURS] = getattr(optimized, encode)
     return found

@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+import transformers.activations
 
 import siglip_hf
 import tiny
@@ -163,15 +164,60 @@ def test_towers_and_classifier(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_int8_is_near_and_says_so(model, monkeypatch, dtype):
     want = embed(model)
-    engine = torch.backends.quantized.engine
     siglip_hf.optimize(model, dtype, int8=True)
-    assert torch.backends.quantized.engine == engine
     assert model.optimization.packed_blocks == 3
     assert model.optimization.cosine >= 0.99
     assert any("int8" in note for note in model.optimization.notes)
     for ours, plain in zip(embed(model), want, strict=True):
         assert torch.cosine_similarity(ours.float(), plain).min() >= 0.99
         assert not torch.allclose(ours.float(), plain, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [-9.0, -0.5, 0.0, 9.0])
+def test_states_are_quantized_to_half_a_step(monkeypatch, dtype, shift):
+    monkeypatch.setattr(packed, "_QUANTIZED_AT_A_TIME", 50)  # not a divisor of 7 x 33
+    states = (torch.randn(7, 33, generator=torch.Generator().manual_seed(0)) + shift).to(dtype)
+    quantized, scale, zero = packed._quantize(states)
+    assert (quantized.dtype, quantized.shape) == (torch.uint8, states.shape)
+    error = ((quantized.float() - zero) * scale - states.float()).abs().max()
+    assert 0.25 * scale < error <= 0.501 * scale
+    least, largest = min(states.min().item(), 0), max(states.max().item(), 0)
+    assert scale == pytest.approx((largest - least) / 254)
+
+
+def test_zeros_are_quantized():
+    quantized, scale, zero = packed._quantize(torch.zeros(3, 4))
+    assert torch.equal((quantized.float() - zero) * scale, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_int8_cannot_hold_is_an_error(model, bad):
+    siglip_hf.optimize(model, torch.float32, int8=True)
+    with pytest.raises(ValueError, match=r"NaN or infinity.*pixel_values"):
+        model.encode_image(tiny.tiny_inputs()["pixel_values"].fill_(bad))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, "gelu_pytorch_tanh", "gelu", "relu"])
+def test_int8_linear_is_the_product_of_quantized_numbers(dtype, activation):
+    torch.manual_seed(0)
+    layer, states, residual = (
+        torch.nn.Linear(40, 24),
+        torch.randn(5, 7, 40).to(dtype),
+        torch.randn(5, 24, 7).to(dtype).mT,
+    )
+    ours = packed.Int8Linear(layer, dtype=dtype, activation=activation)
+    quantized, scale, zero = packed._quantize(states)
+    steps = layer.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+    weight = (layer.weight.detach() / steps).round() * steps
+    product = (quantized.double() - zero) * scale @ weight.double().T + layer.bias.detach().double()
+    rounding = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
+    if activation is None:
+        torch.testing.assert_close(ours.add_to(residual, states).double(), residual.double() + product, **rounding)
+    else:
+        product = transformers.activations.ACT2FN[activation](product)
+    torch.testing.assert_close(ours(states).double(), product, **rounding)
 
 
 # The choice of dtype and threads

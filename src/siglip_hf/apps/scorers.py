@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from siglip_hf.classify import load_classifier
+from siglip_hf.optimization import optimize
 from siglip_hf.pooling_map import pooling_attention
 
 #: In front of a model's name: it is one of open_clip.
@@ -69,9 +70,11 @@ class SiglipScorer(Scorer):
 
     def __init__(self, name: str, device: str | None = None):
         self._pipeline = load_classifier(name, device)
-        if self._pipeline.model.device.type == "cpu":
-            self._pipeline.model.float()  # CPUs compute slowly in the half precision that checkpoints come in
-        super().__init__(name, self._pipeline.model)
+        model = self._pipeline.model
+        super().__init__(name, model)
+        if model.device.type == "cpu":
+            # In float32, because people compare the scores, and CPUs compute slowly in float16.
+            optimize(model.float(), torch.float32)
 
     def logits(self, picture: Image.Image, texts: Sequence[str], languages: Languages = None) -> torch.Tensor:
         rows = self._pipeline(picture, list(texts), hypothesis_template="{}", function_to_apply="logit")
