@@ -119,6 +119,7 @@ class TestScorers:
         torch.testing.assert_close(logits, expected.logits_per_image[0], atol=1e-3, rtol=1e-4)
         torch.testing.assert_close(embedded.scores(logits), logits.sigmoid())
         assert embedded.parameters == sum(p.numel() for p in model.parameters())
+        assert embedded._pipeline.model.optimization.dtype == "float32"
 
     def test_clip_is_the_softmax_of_its_logits(self, clip, clip_folder):
         assert isinstance(clip, ClipScorer)
