@@ -27,7 +27,7 @@ from rich.table import Table
 
 import siglip_hf
 from bench_pipeline import build, machine
-from siglip_hf.classify import classify_files
+from siglip_hf.inference.classify import classify_files
 
 
 def seconds(run: Callable[[], Any]) -> float:

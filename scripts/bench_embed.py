@@ -19,9 +19,9 @@ from PIL import Image
 
 import siglip_hf
 from bench_pipeline import SPIECE, machine
-from siglip_hf.search.embed import embed_items, embed_source, items_of
-from siglip_hf.search.embedder import SiglipEmbedder
-from siglip_hf.sources import open_source
+from siglip_hf.data.embed import embed_items, embed_source, items_of
+from siglip_hf.data.sources import open_source
+from siglip_hf.inference.embedder import SiglipEmbedder
 
 
 def main() -> None:

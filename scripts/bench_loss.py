@@ -31,7 +31,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_hf.loss import sigmoid_loss
+from siglip_hf.losses.sigmoid import sigmoid_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 

@@ -32,7 +32,7 @@ from siglip_hf import (
     Siglip2VisionConfig,
     Siglip2VisionModel,
 )
-from siglip_hf.naflex import resized_positions
+from siglip_hf.models.naflex import resized_positions
 
 # Height and width in pixels: photographs, a panorama, an upright strip, documents, thumbnails.
 SIZES = (

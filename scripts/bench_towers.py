@@ -39,7 +39,7 @@ from rich.table import Table
 from transformers.models.siglip.modeling_siglip import SiglipModel as StockModel
 
 import siglip_hf
-from siglip_hf.packed import PackedLinear
+from siglip_hf.inference.optimize.packed import PackedLinear
 
 PRESET = "siglip-base-patch16-224"
 VOCABULARY = 1000  # its size costs memory, not time
@@ -221,7 +221,7 @@ def save_model(folder: str, with_onnx: bool) -> Any:
     model = siglip_hf.SiglipModel(config).eval()
     model.save_pretrained(folder)
     if with_onnx:
-        from siglip_hf.export import export
+        from siglip_hf.integrations.onnx import export
 
         export(model, Path(folder, "onnx"))
     return config

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from bench_loss import machine, resident, transformers_loss
 from siglip_hf import SiglipConfig, SiglipModel
-from siglip_hf.loss import sigmoid_loss
+from siglip_hf.losses.sigmoid import sigmoid_loss
 from siglip_hf.training import cached_backward
 
 PACKAGES = ("transformers", "open_clip", "siglip_hf")

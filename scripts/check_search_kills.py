@@ -91,7 +91,9 @@ def _kill_and_compare(
         AssertionError: if rows are lost or done twice, or a result differs from the unbroken run's.
     """
     context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["siglip_hf.search.embed", "siglip_hf.search.embedder", "siglip_hf.modeling_siglip"])
+    context.set_forkserver_preload(
+        ["siglip_hf.data.embed", "siglip_hf.inference.embedder", "siglip_hf.models.modeling_siglip"]
+    )
     rng = random.Random(seed)
     report = out.with_suffix(".json")
 
@@ -142,8 +144,8 @@ def _kill_and_compare(
 
 
 def _embed(photos: str, out: str, report: str, model: str | None) -> None:
-    from siglip_hf.search import store
-    from siglip_hf.search.embed import embed_source
+    from siglip_hf.data import store
+    from siglip_hf.data.embed import embed_source
 
     store.PART_ROWS = PART_ROWS
     result = embed_source(photos, out, model=model, device="cpu", batch_size=BATCH_SIZE)
@@ -151,8 +153,8 @@ def _embed(photos: str, out: str, report: str, model: str | None) -> None:
 
 
 def _index(embeddings: str, out: str, report: str) -> None:
+    from siglip_hf.data.store import EmbeddingStore
     from siglip_hf.search.index_source import index_embeddings
-    from siglip_hf.search.store import EmbeddingStore
 
     index_embeddings(EmbeddingStore.open(embeddings), out)
     Path(report).write_text("null")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from siglip_hf.cli import main as siglip_hf
+from siglip_hf.cli.main import main as siglip_hf
 
 ROOT = Path(__file__).parents[1]
 PICTURES = ROOT / "tests" / "fixtures" / "pictures"

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from siglip_hf.cli import main as siglip_hf
+from siglip_hf.cli.main import main as siglip_hf
 
 #: What is asked, and the noun that a right answer is named by. The nouns are the first twenty of the demo's labels.
 QUERIES = {

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from siglip_hf.configuration_siglip import SiglipConfig
-from siglip_hf.modeling_siglip import SiglipModel
+from siglip_hf.models.configuration_siglip import SiglipConfig
+from siglip_hf.models.modeling_siglip import SiglipModel
 from training_default import stages
 from training_default.captions import TEXT_LENGTH, Captions, Encoder, build_vocabulary
 from training_default.export import export

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from transformers import AutoModel, AutoProcessor, pipeline
 
 import siglip_hf
-from siglip_hf.cli import main
-from siglip_hf.image_intake import load_picture
+from siglip_hf.cli.main import main
+from siglip_hf.preprocessing.image_intake import load_picture
 
 PICTURES = Path(__file__).parent / "fixtures" / "pictures"
 LABELS = json.loads((PICTURES / "labels.json").read_text(encoding="utf-8"))

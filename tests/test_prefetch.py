@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from siglip_hf.prefetch import prefetch
+from siglip_hf.parallel import prefetch
 
 
 def test_results_come_in_order_whatever_finishes_first():

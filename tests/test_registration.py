@@ -42,8 +42,8 @@ ORDERS = {
     "ours first": "import siglip_hf; from transformers import AutoModel",
     "transformers first": "from transformers import AutoModel, AutoProcessor, pipeline; import siglip_hf",
     "twice": "import siglip_hf, importlib; importlib.reload(siglip_hf); import siglip_hf",
-    "a module of ours first": "import siglip_hf.layers",
-    "our tokenizer first": "from siglip_hf.tokenization_siglip import SiglipTokenizer",
+    "a module of ours first": "import siglip_hf.models.layers",
+    "our tokenizer first": "from siglip_hf.preprocessing.tokenization_siglip import SiglipTokenizer",
     "a stock model first": "import transformers.models.siglip.modeling_siglip; import siglip_hf",
     "a stock model after": "import siglip_hf; import transformers.models.siglip.modeling_siglip",
     "another model": "import siglip_hf; from transformers import BertModel",
@@ -62,7 +62,11 @@ def test_any_order_of_imports(order, checkpoint):
         """),
         checkpoint,
     )
-    assert names == "siglip_hf.configuration_siglip siglip_hf.modeling_siglip siglip_hf.processing_siglip"
+    assert names.split() == [
+        "siglip_hf.models.configuration_siglip",
+        "siglip_hf.models.modeling_siglip",
+        "siglip_hf.preprocessing.processing_siglip",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +116,7 @@ def test_pipeline_is_ours(checkpoint):
     from transformers import pipeline
 
     classify = pipeline("zero-shot-image-classification", model=checkpoint)
-    assert type(classify).__module__ == "siglip_hf.pipeline_zero_shot"
+    assert type(classify).__module__ == "siglip_hf.inference.pipeline"
     assert type(classify.model) is siglip_hf.SiglipModel
 
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from siglip_hf.threads import in_threads
+from siglip_hf.parallel import in_threads
 
 
 @pytest.fixture(params=[1, 3])

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from siglip_hf.modeling_siglip import SiglipModel
+from siglip_hf.models.modeling_siglip import SiglipModel
 from siglip_hf.training.cached import cached_backward
 
 from .captions import Captions, Encoder

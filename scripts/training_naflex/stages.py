@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from siglip_hf.loss import sigmoid_loss
+from siglip_hf.losses.sigmoid import sigmoid_loss
 from training_default.pictures import PictureSet
 from training_default.stages import (
     Optimizers,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import siglip_hf
-from siglip_hf.naflex import resized_positions
+from siglip_hf.models.naflex import resized_positions
 from training_default.captions import Captions
 from training_default.pictures import PictureSet, plain_pixels
 from training_default.stages import autocast

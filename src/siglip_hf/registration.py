@@ -20,8 +20,8 @@ _AUTO = "transformers.models.auto."
 
 
 def _register_configs(module: Any) -> None:
-    from siglip_hf import configuration_siglip as first
-    from siglip_hf import configuration_siglip2 as second
+    from siglip_hf.models import configuration_siglip as first
+    from siglip_hf.models import configuration_siglip2 as second
 
     for config_class in (
         first.SiglipConfig,
@@ -35,8 +35,8 @@ def _register_configs(module: Any) -> None:
 
 
 def _register_models(module: Any) -> None:
-    from siglip_hf import modeling_siglip as first
-    from siglip_hf import modeling_siglip2 as second
+    from siglip_hf.models import modeling_siglip as first
+    from siglip_hf.models import modeling_siglip2 as second
 
     for joint, text, vision, classifier in (
         (first.SiglipModel, first.SiglipTextModel, first.SiglipVisionModel, first.SiglipForImageClassification),
@@ -55,11 +55,11 @@ def _register_models(module: Any) -> None:
 
 
 def _register_tokenizers(module: Any) -> None:
-    from siglip_hf.configuration_siglip import SiglipConfig, SiglipTextConfig
-    from siglip_hf.configuration_siglip2 import Siglip2Config, Siglip2TextConfig
-    from siglip_hf.tokenization_siglip import SiglipTokenizer
-    from siglip_hf.tokenization_siglip2 import Siglip2Tokenizer, SiglipTokenizerOfFolder
-    from siglip_hf.tokenization_siglip_fast import SiglipTokenizerFast
+    from siglip_hf.models.configuration_siglip import SiglipConfig, SiglipTextConfig
+    from siglip_hf.models.configuration_siglip2 import Siglip2Config, Siglip2TextConfig
+    from siglip_hf.preprocessing.tokenization_siglip import SiglipTokenizer
+    from siglip_hf.preprocessing.tokenization_siglip2 import Siglip2Tokenizer, SiglipTokenizerOfFolder
+    from siglip_hf.preprocessing.tokenization_siglip_fast import SiglipTokenizerFast
 
     slow_and_fast = {"slow_tokenizer_class": SiglipTokenizer, "fast_tokenizer_class": SiglipTokenizerFast}
     for config_class in (SiglipConfig, SiglipTextConfig):
@@ -81,12 +81,12 @@ def _register_tokenizers(module: Any) -> None:
 
 
 def _register_image_processors(module: Any) -> None:
-    from siglip_hf.configuration_siglip import SiglipConfig, SiglipVisionConfig
-    from siglip_hf.configuration_siglip2 import Siglip2Config, Siglip2VisionConfig
-    from siglip_hf.image_processing_siglip import SiglipImageProcessor
-    from siglip_hf.image_processing_siglip2 import Siglip2ImageProcessor
-    from siglip_hf.image_processing_siglip2_fast import Siglip2ImageProcessorFast
-    from siglip_hf.image_processing_siglip_fast import SiglipImageProcessorFast
+    from siglip_hf.models.configuration_siglip import SiglipConfig, SiglipVisionConfig
+    from siglip_hf.models.configuration_siglip2 import Siglip2Config, Siglip2VisionConfig
+    from siglip_hf.preprocessing.image_processing_siglip import SiglipImageProcessor
+    from siglip_hf.preprocessing.image_processing_siglip2 import Siglip2ImageProcessor
+    from siglip_hf.preprocessing.image_processing_siglip2_fast import Siglip2ImageProcessorFast
+    from siglip_hf.preprocessing.image_processing_siglip_fast import SiglipImageProcessorFast
 
     for config_class, slow, fast in (
         (SiglipConfig, SiglipImageProcessor, SiglipImageProcessorFast),
@@ -100,10 +100,10 @@ def _register_image_processors(module: Any) -> None:
 
 
 def _register_processors(module: Any) -> None:
-    from siglip_hf.configuration_siglip import SiglipConfig
-    from siglip_hf.configuration_siglip2 import Siglip2Config
-    from siglip_hf.processing_siglip import SiglipProcessor
-    from siglip_hf.processing_siglip2 import Siglip2Processor
+    from siglip_hf.models.configuration_siglip import SiglipConfig
+    from siglip_hf.models.configuration_siglip2 import Siglip2Config
+    from siglip_hf.preprocessing.processing_siglip import SiglipProcessor
+    from siglip_hf.preprocessing.processing_siglip2 import Siglip2Processor
 
     for config_class, processor_class in ((SiglipConfig, SiglipProcessor), (Siglip2Config, Siglip2Processor)):
         # A class named in processor_config.json is looked up among the built-in names first, and only then among the
@@ -116,15 +116,15 @@ def _register_pipelines(module: Any) -> None:
     task = module.PIPELINE_REGISTRY.supported_tasks["zero-shot-image-classification"]
     if isinstance(task["impl"], str):
         # A dotted path: transformers imports it when a pipeline of this task is made.
-        task["impl"] = "siglip_hf.pipeline_zero_shot.SiglipZeroShotImageClassificationPipeline"
+        task["impl"] = "siglip_hf.inference.pipeline.SiglipZeroShotImageClassificationPipeline"
     else:
-        from siglip_hf.pipeline_zero_shot import SiglipZeroShotImageClassificationPipeline
+        from siglip_hf.inference.pipeline import SiglipZeroShotImageClassificationPipeline
 
         task["impl"] = SiglipZeroShotImageClassificationPipeline
 
 
 def _register_lora_targets(module: Any) -> None:
-    from siglip_hf.lora import DEFAULT_TARGET_MODULES
+    from siglip_hf.integrations.peft import DEFAULT_TARGET_MODULES
 
     lora = dict(module.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
     for name, mapping in vars(module).items():
@@ -136,7 +136,7 @@ def _register_lora_targets(module: Any) -> None:
 
 
 def _register_lora_check(module: Any) -> None:
-    from siglip_hf.lora import refuse_parameters
+    from siglip_hf.integrations.peft import refuse_parameters
 
     train_and_save = module.set_additional_trainable_modules
 
@@ -217,7 +217,7 @@ def register_weight_conversions() -> None:
     from transformers import conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    from siglip_hf.weight_conversion import ProjectionsConverter, ResizePositions, SplitProjections
+    from siglip_hf.models.weight_conversion import ProjectionsConverter, ResizePositions, SplitProjections
 
     register_mapping = conversion_mapping.register_checkpoint_conversion_mapping
     register_mapping(

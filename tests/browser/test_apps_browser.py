@@ -180,7 +180,13 @@ def search_page(driver, tmp_path_factory) -> Iterator[Page]:
     """Started by its command with no arguments, as by a new user: the demo's index is not there yet."""
     cache = tmp_path_factory.mktemp("cache")
     environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "import sys; from siglip_hf.cli import main; sys.exit(main())", "app", "search"]
+    command = [
+        sys.executable,
+        "-c",
+        "import sys; from siglip_hf.cli.main import main; sys.exit(main())",
+        "app",
+        "search",
+    ]
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
         try:
             address = process.stdout.readline().strip()

@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModel
 
 import siglip_hf
+from siglip_hf.models.layers import _MultiHeadAttention
 
 from . import tiny
 
@@ -29,7 +30,7 @@ def model():
 @pytest.fixture
 def warnings_given(caplog):
     """Messages that the models log, from now on."""
-    siglip_hf.modeling_siglip.logger.warning_once.cache_clear()
+    siglip_hf.models.modeling_siglip.logger.warning_once.cache_clear()
     return lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
@@ -43,7 +44,7 @@ def test_same_numbers(model, implementation, tmp_path):
     loaded = AutoModel.from_pretrained(tmp_path, attn_implementation=implementation)
     model.set_attn_implementation(implementation)
     for each in (model, loaded):
-        layers = [module for module in each.modules() if isinstance(module, siglip_hf.layers._MultiHeadAttention)]
+        layers = [module for module in each.modules() if isinstance(module, _MultiHeadAttention)]
         assert len(layers) == 5  # two blocks in each tower, and the pooling head
         assert {layer.config._attn_implementation for layer in layers} == {implementation}
         output = each(**tiny.inputs())

@@ -133,5 +133,5 @@ def test_exported_program_is_saved_whole(tmp_path):
     loaded = torch.export.load(tmp_path / "vision.pt2").module()
     with torch.no_grad():
         output = loaded(pixel_values=tiny.pictures(4))
-    assert type(output) is siglip_hf.modeling_siglip.SiglipPoolingOutput
+    assert type(output) is siglip_hf.models.modeling_siglip.SiglipPoolingOutput
     torch.testing.assert_close(output.pooler_output, model(tiny.pictures(4)).pooler_output, rtol=1e-5, atol=1e-5)

@@ -17,9 +17,9 @@ from PIL import Image
 
 from siglip_hf.apps import page
 from siglip_hf.apps.scorers import Scorer
-from siglip_hf.label_bank import parse_labels, parse_templates
-from siglip_hf.pipeline_zero_shot import DEFAULT_TEMPLATE
-from siglip_hf.pooling_map import draw_heat_map
+from siglip_hf.inference.label_bank import parse_labels, parse_templates
+from siglip_hf.inference.pipeline import DEFAULT_TEMPLATE
+from siglip_hf.inference.pooling_map import draw_heat_map
 
 if TYPE_CHECKING:
     import gradio

@@ -16,7 +16,7 @@ from PIL import Image
 
 from siglip_hf.apps import page
 from siglip_hf.apps.scorers import Scorer
-from siglip_hf.label_bank import parse_labels
+from siglip_hf.inference.label_bank import parse_labels
 
 if TYPE_CHECKING:
     import gradio

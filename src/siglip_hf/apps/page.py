@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
-from siglip_hf.image_intake import PictureError, load_picture
+from siglip_hf.preprocessing.image_intake import PictureError, load_picture
 
 if TYPE_CHECKING:
     import gradio

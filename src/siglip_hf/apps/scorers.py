@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from siglip_hf.classify import load_classifier
-from siglip_hf.optimization import optimize
-from siglip_hf.pooling_map import pooling_attention
+from siglip_hf.inference.classify import load_classifier
+from siglip_hf.inference.optimize.optimization import optimize
+from siglip_hf.inference.pooling_map import pooling_attention
 
 #: In front of a model's name: it is one of open_clip.
 OPEN_CLIP = "open_clip:"

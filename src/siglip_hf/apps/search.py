@@ -14,7 +14,7 @@ from PIL import Image
 
 from siglip_hf._version import __version__
 from siglip_hf.apps import page
-from siglip_hf.image_intake import PictureError, load_picture
+from siglip_hf.preprocessing.image_intake import PictureError, load_picture
 
 if TYPE_CHECKING:
     import gradio
@@ -170,7 +170,7 @@ def read_hit(path: str, draft_to: int | None = None) -> Image.Image:
     Raises:
         PictureError: if it cannot be read any more.
     """
-    from siglip_hf.search.store import picture_at
+    from siglip_hf.data.store import picture_at
 
     try:
         return load_picture(picture_at(path), draft_to=draft_to)

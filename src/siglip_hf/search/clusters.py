@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from siglip_hf.search.faiss_kinds import import_faiss
 from siglip_hf.search.index import IndexFolder
+from siglip_hf.search.kinds import import_faiss
 
 _ROUNDS = 20
 _SAMPLE_PER_CLUSTER = 256  # more do not move the centres

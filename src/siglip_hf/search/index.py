@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from siglip_hf.search import faiss_kinds
-from siglip_hf.search.faiss_kinds import OVERSAMPLE
+from siglip_hf.search import kinds as faiss_kinds
+from siglip_hf.search.kinds import OVERSAMPLE
 
 FORMAT, VERSION = "siglip_hf index", 1
 MANIFEST, INDEX, ROWS, VECTORS = "manifest.json", "index.faiss", "rows.parquet", "vectors.f16"

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from siglip_hf.search.faiss_kinds import check_kind
+from siglip_hf.data.store import MANIFEST, EmbeddingStore
+from siglip_hf.search.build import IndexReport, build_index, check_can_write
 from siglip_hf.search.index import ROW_COLUMNS, Origin
-from siglip_hf.search.index_build import IndexReport, build_index, check_can_write
-from siglip_hf.search.store import MANIFEST, EmbeddingStore
+from siglip_hf.search.kinds import check_kind
 
 
 @dataclass
@@ -132,7 +132,7 @@ def embedded(
                 "them. Leave it out, or embed the pictures anew."
             )
         return store, store.errors(), []
-    from siglip_hf.search.embed import embed_source
+    from siglip_hf.data.embed import embed_source
 
     source = sources[0] if len(sources) == 1 else list(sources)
     made = embed_source(source, folder, model=model, batch_size=batch_size, device=device, on_progress=on_embedded)

@@ -15,7 +15,7 @@ from siglip_hf.search.index import IndexFolder, Origin
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from siglip_hf.search.embedder import SiglipEmbedder
+    from siglip_hf.inference.embedder import SiglipEmbedder
 
 #: How much the text of `not_text` counts, beside 1 for what is asked for: enough to push it down, and not so much that
 #: whatever is least like it comes up.
@@ -55,7 +55,7 @@ class Hit:
 
     Attributes:
         id: the row's name, unique in the index.
-        path: its picture, as `siglip_hf.search.store.picture_at` reads it; None if it has none.
+        path: its picture, as `siglip_hf.data.store.picture_at` reads it; None if it has none.
         cosine: to the query, in -1..1. With several parts in the query, to their combination.
         probability: that the text and the picture belong together, by the model's sigmoid; None where the query and the
             row are of one kind (picture and picture), as the model gives no probability for that.
@@ -291,7 +291,7 @@ def load_embedder(origin: Origin, model: str | None = None, device: str | None =
     Raises:
         ValueError: if it cannot be loaded, or has other weights.
     """
-    from siglip_hf.search.embedder import SiglipEmbedder
+    from siglip_hf.inference.embedder import SiglipEmbedder
 
     try:
         # In float32: the temperature and the bias, rounded to bfloat16, would move a probability by some percent.

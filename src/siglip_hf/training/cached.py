@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from siglip_hf.loss import sigmoid_loss
+from siglip_hf.losses.sigmoid import sigmoid_loss
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from siglip_hf.image_intake import PictureError
-from siglip_hf.sources import Record, Source
+from siglip_hf.data.sources import Record, Source
+from siglip_hf.preprocessing.image_intake import PictureError
 from siglip_hf.training.pairs import Draw, check_templates, picture_key, stable_number, texts_of
 
 if TYPE_CHECKING:

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from siglip_hf.image_intake import PictureError
-from siglip_hf.prefetch import prefetch
-from siglip_hf.sources import DatasetCell, Record, Source, TarMember
+from siglip_hf.data.sources import DatasetCell, Record, Source, TarMember
+from siglip_hf.parallel import prefetch
+from siglip_hf.preprocessing.image_intake import PictureError
 from siglip_hf.training.collator import PictureCollator
 
 _TOWERS = {"image": "vision_model", "text": "text_model"}

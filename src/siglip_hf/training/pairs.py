@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from siglip_hf.label_bank import parse_templates
-from siglip_hf.sources import Record, Source, open_source
+from siglip_hf.data.sources import Record, Source, open_source
+from siglip_hf.inference.label_bank import parse_templates
 
 #: Captions of a picture that has only a label, unless other templates are given.
 LABEL_TEMPLATES = ("This is a photo of {}.",)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from siglip_hf.sources import Source, open_source
+from siglip_hf.data.sources import Source, open_source
 from siglip_hf.training.pairs import check_templates, picture_key, stable_number, training_pairs
 from siglip_hf.training.settings import SCHEDULES, TrainSettings
 

@@ -26,10 +26,10 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from siglip_hf.evaluation import retrieval_recall
-from siglip_hf.layers import SiglipEncoderLayer
-from siglip_hf.loss import sigmoid_loss
-from siglip_hf.sources import Record, Source
+from siglip_hf.data.sources import Record, Source
+from siglip_hf.evaluation.measures import retrieval_recall
+from siglip_hf.losses.sigmoid import sigmoid_loss
+from siglip_hf.models.layers import SiglipEncoderLayer
 from siglip_hf.training.cached import cached_backward, embed_pairs, owner_of_scale, whole_parameter
 from siglip_hf.training.collator import PairCollator, PictureCollator
 from siglip_hf.training.locked import ImageStore

@@ -1,0 +1,1 @@
+"""The command line, `siglip-hf`: a module for each command."""

@@ -1,0 +1,171 @@
+"""`siglip-hf classify`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from siglip_hf.cli.common import no_library_progress, progress_bar
+
+if TYPE_CHECKING:
+    from siglip_hf.inference.classify import Classified
+
+
+def classify(
+    images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Files, folders (with all below), globs, URLs.")],
+    labels: Annotated[str | None, typer.Option(help='Labels, as "a cat, a dog".')] = None,
+    labels_file: Annotated[Path | None, typer.Option(help="A text file with a label on each line.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A checkpoint; without it the embedded one, with no network.")
+    ] = None,
+    onnx: Annotated[
+        Path | None, typer.Option(help="A folder made by `siglip-hf export`, run by ONNX Runtime; instead of --model.")
+    ] = None,
+    template: Annotated[
+        list[str] | None, typer.Option(help="Text with {} for the label; given several times, they are averaged.")
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, help="Labels shown for each picture.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array, an object per picture.")] = False,
+    sheet: Annotated[Path | None, typer.Option(help="Draw a contact sheet into this picture file.")] = None,
+    truth: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON of right labels, {"a.png": "a cat"}: prints the accuracy; its labels serve for --labels.'
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward.")] = 8,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
+    ] = None,
+    fast: Annotated[
+        bool, typer.Option(help="On a CPU: packed weights, bfloat16 where the CPU has it; scores rounded to that.")
+    ] = True,
+) -> int:
+    """Say which of some labels fit each picture.
+
+    cosine: the bare similarity. logit: cosine x temperature + bias.
+    sigmoid: the probability that the label fits, each on its own. softmax: its share among these labels.
+    """
+    from siglip_hf import default_checkpoint
+    from siglip_hf.data.sources import find_pictures
+    from siglip_hf.inference.classify import (
+        accuracy,
+        classify_files,
+        load_classifier,
+        read_labels_file,
+        read_truth_file,
+    )
+    from siglip_hf.inference.label_bank import parse_labels, parse_templates
+
+    if onnx is not None and (other := "--model" if model else "--device" if device else None):
+        raise ValueError(f"{other} and --onnx are both given; pass one of them.")
+    right = read_truth_file(truth) if truth else None
+    given = [value for value in (labels, read_labels_file(labels_file) if labels_file else None) if value is not None]
+    if len(given) > 1:
+        raise ValueError("--labels and --labels-file are both given; pass one of them.")
+    if not given and right is None:
+        raise ValueError('no labels: pass --labels "a cat, a dog" or --labels-file FILE.')
+    candidates = parse_labels(given[0] if given else (right or {}).values())
+    templates = parse_templates(template) if template else None
+    sources = find_pictures(images)
+    if sheet is not None:
+        _check_sheet(sheet, len(sources))
+
+    with no_library_progress(), progress_bar() as progress:
+        task = progress.add_task("loading the model", total=None)
+        if onnx is not None:
+            from siglip_hf.integrations.onnx import onnx_classifier
+
+            classifier = onnx_classifier(onnx)
+        else:
+            classifier = load_classifier(model or default_checkpoint(), device, fast)
+        progress.update(task, description="classifying", total=len(sources))
+        results = classify_files(
+            classifier,
+            sources,
+            candidates,
+            templates=templates,
+            top_k=top,
+            truth=right,
+            batch_size=batch_size,
+            on_progress=lambda done: progress.advance(task, done),
+        )
+
+    hits, judged = accuracy(results)
+    summary = f"{hits} of {judged} best labels are right ({hits / judged:.1%})" if judged else ""
+    if as_json:
+        print(json.dumps([result.as_dict() for result in results], ensure_ascii=False, indent=2))
+    else:
+        _print_tables(results)
+        if summary:
+            print(summary)
+    if sheet is not None:
+        _draw_sheet(results, sheet, summary)
+        print(f"contact sheet: {sheet}", file=sys.stderr)
+    broken = [result for result in results if result.error]
+    for result in broken:
+        print(f"skipped {result.source}: {result.error}", file=sys.stderr)
+    if broken:
+        print(f"{len(broken)} of {len(results)} pictures skipped", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _print_tables(results: list[Classified]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    for result in results:
+        if not result.labels:
+            continue
+        title = result.source if result.truth is None else f"{result.source} ({result.truth})"
+        table = Table(title=escape(title), title_justify="left", title_style="bold")
+        table.add_column("label", min_width=20)
+        for name in ("cosine", "logit", "sigmoid", "softmax"):
+            table.add_column(name, justify="right", min_width=8)
+        for row in result.labels:
+            label = escape(row["label"])
+            if row["label"] == result.truth:
+                label = f"[green]{label}[/green]"
+            table.add_row(
+                label, f"{row['cosine']:.3f}", f"{row['logit']:.2f}", f"{row['sigmoid']:.2%}", f"{row['softmax']:.1%}"
+            )
+        console.print(table)
+
+
+def _check_sheet(path: Path, count: int) -> None:
+    """Refuses what would fail only after all pictures are classified."""
+    from PIL import Image
+
+    from siglip_hf.inference.contact_sheet import MAX_PICTURES
+
+    Image.init()
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"--sheet {path}: no picture format has this ending; use .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"--sheet {path}: there is no folder {path.parent}")
+    if count > MAX_PICTURES:
+        raise ValueError(f"--sheet shows at most {MAX_PICTURES} pictures, not {count}.")
+
+
+def _draw_sheet(results: list[Classified], path: Path, summary: str) -> None:
+    from siglip_hf.inference.contact_sheet import Card, draw_contact_sheet
+    from siglip_hf.preprocessing.image_intake import load_picture
+
+    cards = [
+        Card(
+            load_picture(result.source, draft_to=400),
+            result.truth or Path(result.source).name,
+            [(row["label"], row["softmax"]) for row in result.labels[:3]],
+            result.truth,
+        )
+        for result in results
+        if result.labels
+    ]
+    if cards:
+        draw_contact_sheet(cards, title=summary or f"{len(cards)} pictures").save(path)

@@ -1,0 +1,43 @@
+"""`siglip-hf convert` and `siglip-hf export`: checkpoints in and out of other formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="IN.npz", help="A checkpoint of the original code.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    preset: Annotated[
+        str | None, typer.Option(help="Published checkpoint that it is; inferred from the shapes by default.")
+    ] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="The SentencePiece file that belongs to it.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+) -> None:
+    """Turn a checkpoint of the original code into a folder that transformers loads."""
+    from siglip_hf.integrations.big_vision import convert as convert_checkpoint
+
+    result = convert_checkpoint(
+        checkpoint, output, preset=preset, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite
+    )
+    name = result.preset or "the shapes are those of no published checkpoint"
+    print(f"{output}: {name}; {result.num_tensors} tensors, {result.num_parameters / 1e6:.1f} million parameters")
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint: a folder or a name.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
+    opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 23.")] = 20,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
+) -> None:
+    """Write both towers as ONNX files; refused if their embeddings are not PyTorch's."""
+    from siglip_hf.integrations.onnx import export as export_model
+
+    result = export_model(model, output, dtype=dtype, opset=opset, overwrite=overwrite)
+    cosines = ", ".join(f"{tower}.onnx {cosine:.7f}" for tower, cosine in result.cosines.items())
+    print(f"{output}: lowest cosine to PyTorch: {cosines}")

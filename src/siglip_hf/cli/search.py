@@ -1,0 +1,141 @@
+"""`siglip-hf search`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from siglip_hf.cli.common import no_library_progress
+
+if TYPE_CHECKING:
+    from siglip_hf.search.query import Hit, Query
+
+
+def search(
+    index: Annotated[
+        str,
+        typer.Argument(metavar="IDX", help="A folder of `siglip-hf index`; lancedb:DB/TABLE; qdrant:DB/COLLECTION."),
+    ],
+    words: Annotated[str | None, typer.Argument(metavar="TEXT", help="What to look for, in words.")] = None,
+    text: Annotated[str | None, typer.Option(help="The same, beside --image.")] = None,
+    image: Annotated[str | None, typer.Option(help="A picture that the answers should be like; a file or URL.")] = None,
+    not_text: Annotated[str | None, typer.Option("--not", help="What the answers should not show.")] = None,
+    k: Annotated[int, typer.Option("-k", min=1, help="Answers to each query.")] = 10,
+    path: Annotated[
+        str | None, typer.Option(help='Only rows whose path or id matches a pattern, such as "*/2024/*.jpg".')
+    ] = None,
+    queries: Annotated[Path | None, typer.Option(help="A text file with a query on each line.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array, an object per query.")] = False,
+    sheet: Annotated[Path | None, typer.Option(help="Draw the answers into this picture file.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The checkpoint that the index was made with, if it has moved.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
+    ] = None,
+) -> int:
+    """Find pictures by words, by a picture, or by both.
+
+    cosine: similarity to the query. probability: the model's own, that the words fit the picture.
+    """
+    from dataclasses import asdict
+
+    from siglip_hf.evaluation.confusion_picture import check_picture_file
+    from siglip_hf.search.query import SearchIndex
+
+    asked = _queries(words, text, image, not_text, queries)
+    if sheet is not None:
+        check_picture_file(sheet)
+    with no_library_progress():
+        found = SearchIndex.open(index, model=model, device=device).search_many(asked, k=k, path_filter=path)
+    if as_json:
+        answers = [
+            {"query": str(query), "hits": [asdict(hit) for hit in hits]}
+            for query, hits in zip(asked, found, strict=True)
+        ]
+        print(json.dumps(answers, ensure_ascii=False, indent=2))
+    else:
+        _print_tables(asked, found)
+    if not any(found):
+        print(f"nothing found{f' that matches {path!r}' if path else ''}", file=sys.stderr)
+        return 0
+    if sheet is not None:
+        missing = _draw_sheet(asked, found, sheet)
+        print(f"contact sheet: {sheet}", file=sys.stderr)
+        for reason in missing:
+            print(f"not on the sheet: {reason}", file=sys.stderr)
+        return 1 if missing else 0
+    return 0
+
+
+def _queries(
+    words: str | None, text: str | None, image: str | None, not_text: str | None, file: Path | None
+) -> list[Query]:
+    from siglip_hf.search.query import Query
+
+    if words is not None and text is not None:
+        raise ValueError(f"{words!r} and --text {text!r} are both given; pass one of them.")
+    if file is None:
+        if not (words or text or image):
+            raise ValueError('nothing to look for: pass words ("a red car"), --image FILE or --queries FILE.')
+        return [Query(words or text, image, not_text)]
+    if words or text or image:
+        raise ValueError("--queries is given beside another query; pass one of them.")
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the file of queries {str(file)!r} cannot be read: {error}") from error
+    if not any(lines):
+        raise ValueError(f"the file of queries {str(file)!r} holds none; write one on each line.")
+    return [Query(line, not_text=not_text) for line in lines if line]
+
+
+def _print_tables(queries: Sequence[Query], found: Sequence[Sequence[Hit]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console()
+    for query, hits in zip(queries, found, strict=True):
+        table = Table(title=escape(str(query)), title_justify="left", title_style="bold")
+        table.add_column("", justify="right")
+        table.add_column("cosine", justify="right", min_width=6)
+        has_probability = any(hit.probability is not None for hit in hits)
+        if has_probability:
+            table.add_column("probability", justify="right")
+        table.add_column("found", overflow="fold")
+        for rank, hit in enumerate(hits, 1):
+            numbers = [f"{hit.cosine:.3f}", *([f"{hit.probability:.2%}"] if hit.probability is not None else [])]
+            table.add_row(str(rank), *numbers, escape(hit.text or hit.path or hit.id))
+        console.print(table)
+
+
+def _draw_sheet(queries: Sequence[Query], found: Sequence[Sequence[Hit]], path: Path) -> list[str]:
+    """Draws the answers of all queries; returns what could not be drawn."""
+    from siglip_hf.data.store import picture_at
+    from siglip_hf.inference.contact_sheet import Card, draw_contact_sheet
+    from siglip_hf.preprocessing.image_intake import load_picture
+
+    cards, missing = [], []
+    for query, hits in zip(queries, found, strict=True):
+        for hit in hits:
+            share = hit.cosine if hit.probability is None else hit.probability
+            label = f"cosine {hit.cosine:.3f}" if len(queries) == 1 else str(query)
+            try:
+                if hit.path is None:
+                    raise ValueError("it is no picture of its own")
+                picture = load_picture(picture_at(hit.path), draft_to=400)
+            except (OSError, ValueError) as error:
+                missing.append(f"{hit.id}: {getattr(error, 'reason', error)}")
+                continue
+            cards.append(Card(picture, Path(hit.path).name, [(label, share)]))
+    if not cards:
+        raise ValueError(f"--sheet {path}: none of the answers has a picture that can be read; {missing[0]}")
+    title = str(queries[0]) if len(queries) == 1 else f"{len(queries)} queries"
+    draw_contact_sheet(cards, title=title).save(path)
+    return missing

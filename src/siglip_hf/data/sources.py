@@ -1,0 +1,474 @@
+"""Where pictures, captions and labels come from: folders, tables, tar shards, datasets and lists of texts, read alike.
+
+A source is a sequence of records that say where a picture is without opening it, so that it can be shuffled, split and
+sent to worker processes. Training, evaluation and search all read through `open_source`.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import io
+import json
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from siglip_hf.preprocessing.image_intake import PICTURE_SUFFIXES, load_picture
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from PIL import Image
+
+# Column names that data sets in use have, most telling first.
+IMAGE_COLUMNS = ("image", "image_path", "file_name", "filepath", "path", "file", "img", "image_url", "url")
+CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "sentences", "description", "prompt")
+LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category")
+
+_TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+_METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` has them in an imagefolder
+
+
+class TarMember(NamedTuple):
+    """A file inside an uncompressed tar file, read without reading what lies before it."""
+
+    path: str
+    offset: int
+    size: int
+
+    def read(self) -> bytes:
+        """The bytes of the file."""
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+@dataclass(frozen=True)
+class DatasetCell:
+    """A picture in a row of a `datasets.Dataset`; the column is kept undecoded there."""
+
+    dataset: Dataset = field(repr=False)
+    row: int
+    column: str
+
+    def read(self) -> Any:
+        """What the dataset holds in this cell: a path, bytes, or both in a dict."""
+        return self.dataset[self.row][self.column]
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture, one text, or a picture with its texts.
+
+    Attributes:
+        id: unique within its source and the same each time it is opened: a path relative to the folder, the number of
+            a row, or the name inside a tar file.
+        image: path or URL, or where else the picture lies; None for a bare text.
+        captions: texts that describe it; empty if none are known.
+        label: name of its class, or None.
+    """
+
+    id: str
+    image: str | TarMember | DatasetCell | None = None
+    captions: tuple[str, ...] = ()
+    label: str | None = None
+
+    @property
+    def path(self) -> str | None:
+        """The file that holds the picture, or None if it is no file of its own."""
+        return self.image if isinstance(self.image, str) and "://" not in self.image else None
+
+    def read(self) -> Any:
+        """The picture as `load_picture` takes it: a path, a URL, bytes, or what a dataset holds.
+
+        Raises:
+            ValueError: for a bare text.
+            OSError: if the file cannot be read.
+        """
+        if self.image is None:
+            raise ValueError(f"{self.id}: this record has no picture")
+        return self.image if isinstance(self.image, str) else self.image.read()
+
+    def load_picture(self, draft_to: int | None = None) -> Image.Image:
+        """The picture, upright, as RGB.
+
+        Raises:
+            PictureError: naming the record and what is wrong with its picture.
+        """
+        from siglip_hf.preprocessing.image_intake import PictureError
+
+        try:
+            return load_picture(self.read(), draft_to=draft_to)
+        except (OSError, ValueError) as error:
+            raise PictureError(getattr(error, "reason", None) or str(error), self.id) from error
+
+
+class Source(Sequence[Record]):
+    """Records in a fixed order.
+
+    Attributes:
+        name: what it was opened from.
+        records: the records.
+        unused: what was left out and why, a line each.
+    """
+
+    def __init__(self, name: str, records: Sequence[Record], unused: Sequence[str] = ()) -> None:
+        self.name, self.records, self.unused = name, records, list(unused)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Source: ...
+    def __getitem__(self, index: int | slice) -> Record | Source:
+        if isinstance(index, slice):
+            return Source(self.name, self.records[index], self.unused)
+        return self.records[index]
+
+    def classes(self) -> list[str]:
+        """Names of the classes, sorted."""
+        return sorted({record.label for record in self if record.label is not None})
+
+    def require(self, *parts: str) -> Source:
+        """The records that have all of `parts` ("image", "captions", "label"); the others are listed in `unused`.
+
+        Raises:
+            ValueError: if no record has them.
+        """
+        missing = {record.id: [part for part in parts if not getattr(record, part)] for record in self}
+        kept = [record for record in self if not missing[record.id]]
+        if not kept:
+            wanted = " and ".join({"captions": "a caption", "label": "a label", "image": "a picture"}[p] for p in parts)
+            raise ValueError(
+                f"{self.name}: none of {len(self)} entries has {wanted}. Captions and labels come from columns of a "
+                "table (name them if they are called otherwise), a metadata.csv beside the pictures, a .txt file "
+                "beside each picture, or class folders."
+            )
+        dropped = [f"{id_}: no {' and no '.join(parts)}" for id_, parts in missing.items() if parts]
+        return Source(self.name, kept, [*self.unused, *dropped])
+
+
+def open_source(
+    data: str | os.PathLike[str] | Iterable[str] | Dataset,
+    *,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    label_column: str | None = None,
+    split: str = "train",
+) -> Source:
+    """Records from nearly anything that holds pictures or texts.
+
+    - **Folder**: all pictures below it. A `metadata.csv`, `.jsonl` or `.parquet` (an "imagefolder" of `datasets`) gives
+      captions and labels; else a `.txt` beside a picture holds its captions, a line each, and the first folder level
+      its label. A folder written by `Dataset.save_to_disk` is opened as such.
+    - **Glob or picture files**: as `siglip-hf classify` takes them.
+    - **Table** (`.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`): a row each. Paths are relative to the table's folder. A
+      caption cell may hold a list. Parquet may hold the encoded pictures themselves.
+    - **Tar shards** (`.tar`, globs of them; WebDataset): files that share a name up to the first dot are one record;
+      `.txt` (captions), `.json` (caption and label fields), `.cls` (label).
+    - **Text file** (`.txt`): a text each line.
+    - **Dataset**: a `datasets.Dataset`, or a `DatasetDict`, of which `split` is taken.
+
+    Args:
+        data: the source, or several paths.
+        image_column: column with the pictures; by default the first of `IMAGE_COLUMNS` that is there.
+        caption_column: column with the captions; by default the first of `CAPTION_COLUMNS`.
+        label_column: column with the class; by default the first of `LABEL_COLUMNS`.
+        split: split of a `DatasetDict`.
+
+    Raises:
+        ValueError: if it is empty, has no such column, or is of no known kind.
+        FileNotFoundError: if there is no such file.
+    """
+    columns = _Columns(image_column, caption_column, label_column)
+    if hasattr(data, "column_names"):
+        return _from_dataset(data, columns, split, "the dataset")
+    paths = [os.fspath(data)] if isinstance(data, str | os.PathLike) else [os.fspath(path) for path in data]
+    name = paths[0] if len(paths) == 1 else f"{len(paths)} sources"
+    if not paths:
+        raise ValueError("no source given: pass a folder, a table, tar shards, a text file or a dataset.")
+    paths = [match for path in paths for match in _expand(path)]
+    suffixes = {_suffix(path) for path in paths}
+    if suffixes == {".tar"}:
+        records = [record for path in paths for record in _from_tar(path, columns, len(paths) > 1)]
+        return _named(name, records)
+    if len(paths) > 1:
+        return _named(name, [Record(path, path) for path in find_pictures(paths)])
+    (path,) = paths
+    if os.path.isdir(path):
+        return _from_folder(Path(path), columns, split)
+    if "://" in path or _suffix(path) in PICTURE_SUFFIXES:
+        return _named(name, [Record(path, path)])
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if _suffix(path) in _TABLE_SUFFIXES:
+        return _from_table(Path(path), columns)
+    if _suffix(path) == ".txt":
+        lines = _read_text(Path(path)).splitlines()
+        return _named(name, [Record(str(i), captions=(line.strip(),)) for i, line in enumerate(lines) if line.strip()])
+    raise ValueError(
+        f"{path}: no known kind of source; pass a folder, a glob, a table ({', '.join(_TABLE_SUFFIXES)}), .tar shards, "
+        "or a .txt file of texts"
+    )
+
+
+def find_pictures(sources: Iterable[str]) -> list[str]:
+    """Paths and URLs of pictures, each once: a folder stands for the pictures anywhere below it, in order of name.
+
+    A file is taken whatever its name, and so is a path that does not exist; reading it says what is wrong. Patterns
+    with `*`, `?` and `[...]` are expanded, `**` through folders.
+
+    Raises:
+        ValueError: if there is not one picture.
+    """
+    sources = list(sources)
+    found: list[str] = []
+    for source in sources:
+        for match in _expand(source):
+            found += map(str, _pictures_below(Path(match))) if os.path.isdir(match) else [match]
+    if not found:
+        raise ValueError(f"no pictures found in {', '.join(sources)}")
+    return list(dict.fromkeys(found))
+
+
+def _expand(source: str) -> list[str]:
+    if glob.has_magic(source) and not os.path.exists(source) and "://" not in source:
+        return sorted(glob.glob(source, recursive=True)) or [source]
+    return [source]
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+
+
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _named(name: str, records: list[Record], unused: Sequence[str] = ()) -> Source:
+    if not records:
+        raise ValueError(f"{name} is empty: it holds no picture and no text.")
+    return Source(name, records, unused)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+class _Columns(NamedTuple):
+    """Names that the caller gave; None stands for the usual ones."""
+
+    image: str | None
+    caption: str | None
+    label: str | None
+
+    def among(self, present: Sequence[str], name: str) -> _Columns:
+        """The columns to read of a table.
+
+        Raises:
+            ValueError: if a column that was asked for is not there.
+        """
+        for asked in filter(None, self):
+            if asked not in present:
+                raise ValueError(f"{name} has no column {asked!r}; it has {', '.join(present) or 'none'}.")
+
+        def choose(given: str | None, usual: Sequence[str]) -> str | None:
+            return given or next((column for column in usual if column in present), None)
+
+        chosen = _Columns(
+            choose(self.image, IMAGE_COLUMNS),
+            choose(self.caption, CAPTION_COLUMNS),
+            choose(self.label, LABEL_COLUMNS),
+        )
+        if chosen.image is None and chosen.caption is None:
+            raise ValueError(
+                f"{name} has no column of pictures or texts that is known by its name; it has {', '.join(present)}. "
+                "Say which to read."
+            )
+        return chosen
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """Captions out of a cell: a string, or a list of them; empty ones are dropped."""
+    values = value if isinstance(value, list | tuple) else [value]
+    return tuple(text for text in (str(v).strip() for v in values if v is not None) if text)
+
+
+def _label(value: Any) -> str | None:
+    return None if value is None or not str(value).strip() else str(value).strip()
+
+
+def _from_folder(folder: Path, columns: _Columns, split: str) -> Source:
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        datasets = _import_datasets()
+        return _from_dataset(datasets.load_from_disk(str(folder)), columns, split, str(folder))
+    for metadata in _METADATA_FILES:
+        if (folder / metadata).exists():
+            return _from_table(folder / metadata, columns)
+    asked = next(filter(None, columns), None)
+    if asked is not None:
+        raise ValueError(f"{folder} has no column {asked!r}: it is a plain folder of pictures without a metadata file.")
+    records, unused = [], []
+    for path in _pictures_below(folder):
+        relative = path.relative_to(folder)
+        beside = path.with_suffix(".txt")
+        captions = (
+            tuple(line.strip() for line in _read_text(beside).splitlines() if line.strip()) if beside.exists() else ()
+        )
+        records.append(
+            Record(relative.as_posix(), str(path), captions, relative.parts[0] if len(relative.parts) > 1 else None)
+        )
+    labels = {record.label for record in records}
+    for child in sorted(folder.iterdir()):
+        if child.is_dir() and records and child.name not in labels and not child.name.startswith("."):
+            unused.append(f"{child.name}: a folder without pictures")
+    return _named(str(folder), records, unused)
+
+
+def _from_table(path: Path, columns: _Columns) -> Source:
+    if path.suffix.lower() == ".parquet":
+        datasets = _import_datasets()
+        return _from_dataset(datasets.Dataset.from_parquet(str(path)), columns, "train", str(path), path.parent)
+    rows = list(_rows(path))
+    present = list(dict.fromkeys(name for row in rows for name in row))
+    if not rows:
+        raise ValueError(f"{path} is empty: it holds no picture and no text.")
+    chosen = columns.among(present, str(path))
+    return _from_rows(str(path), rows, chosen, lambda row: _place(row.get(chosen.image), path.parent), path.stem)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a CSV, TSV, JSONL or JSON file.
+
+    Raises:
+        ValueError: naming the line that cannot be read.
+    """
+    text = _read_text(path)
+    suffix = path.suffix.lower()
+    if suffix in (".csv", ".tsv"):
+        yield from csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",")
+        return
+    if suffix == ".json":
+        try:
+            rows = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"{path} is not JSON: {error}") from error
+    else:
+        rows = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"{path} must hold a list of objects, a row each.")
+    yield from rows
+
+
+def _place(value: Any, folder: Path) -> str | None:
+    """The path or URL that a cell names, from the folder of its table."""
+    if value is None or not str(value).strip():
+        return None
+    text = str(value).strip()
+    if text.startswith("file://"):
+        return url2pathname(urlsplit(text).path)
+    return text if "://" in text or os.path.isabs(text) else str(folder / text)
+
+
+def _from_rows(
+    name: str, rows: Iterable[Mapping[str, Any]], columns: _Columns, image: Callable[[Any], Any], stem: str
+) -> Source:
+    records, unused, seen = [], [], set()
+    for number, row in enumerate(rows):
+        place = image(row) if columns.image else None
+        captions = _texts(row.get(columns.caption)) if columns.caption else ()
+        label = _label(row.get(columns.label)) if columns.label else None
+        given = row.get(columns.image) if columns.image else None
+        id_ = given if isinstance(given, str) and given and given not in seen else f"{stem}:{number}"
+        if place is None and not captions:
+            unused.append(f"{stem}:{number}: an empty row")
+            continue
+        seen.add(id_)
+        records.append(Record(id_, place, captions, label))
+    return _named(name, records, unused)
+
+
+def _import_datasets() -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError('reading this needs `datasets`: pip install "siglip-hf[search]"') from error
+    return datasets
+
+
+def _from_dataset(data: Any, columns: _Columns, split: str, name: str, folder: Path | None = None) -> Source:
+    datasets = _import_datasets()
+    if isinstance(data, datasets.DatasetDict):
+        if split not in data:
+            raise ValueError(f"{name} has no split {split!r}; it has {', '.join(data)}.")
+        data = data[split]
+    chosen = columns.among(data.column_names, name)
+    features = data.features
+    embedded = chosen.image is not None and not _is_string(features[chosen.image])
+    if embedded and isinstance(features[chosen.image], datasets.Image):
+        data = data.cast_column(chosen.image, datasets.Image(decode=False))
+    texts = data.select_columns([c for c in chosen if c is not None and not (embedded and c == chosen.image)] or [])
+    rows: Iterable[dict[str, Any]] = texts if len(texts.column_names) else ({} for _ in range(len(data)))
+    to_label = getattr(features.get(chosen.label), "int2str", None) if chosen.label else None
+
+    def with_names() -> Iterator[dict[str, Any]]:
+        for number, row in enumerate(rows):
+            if to_label is not None and chosen.label and row[chosen.label] is not None:
+                row = row | {chosen.label: to_label(row[chosen.label])}
+            yield row | {"\0row": number}
+
+    def image(row: Mapping[str, Any]) -> Any:
+        if embedded:
+            return DatasetCell(data, row["\0row"], chosen.image or "")
+        return _place(row[chosen.image or ""], folder or Path())
+
+    return _from_rows(name, with_names(), chosen, image, "row")
+
+
+def _is_string(feature: Any) -> bool:
+    return getattr(feature, "dtype", None) in ("string", "large_string")
+
+
+def _from_tar(path: str, columns: _Columns, several: bool) -> Iterator[Record]:
+    """Records of a WebDataset shard: members that share a name up to its first dot."""
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    groups: dict[str, dict[str, TarMember]] = {}
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if member.isfile():
+                    folder, _, base = member.name.rpartition("/")
+                    stem, _, extension = base.partition(".")
+                    key = f"{folder}/{stem}" if folder else stem
+                    groups.setdefault(key, {})[extension.lower()] = TarMember(path, member.offset_data, member.size)
+    except tarfile.TarError as error:
+        raise ValueError(f"{path} is not an uncompressed tar file: {error}") from error
+    for key, parts in groups.items():
+        picture = next((part for ext, part in parts.items() if f".{ext.rpartition('.')[2]}" in PICTURE_SUFFIXES), None)
+        fields = json.loads(parts["json"].read()) if "json" in parts else {}
+        caption = next((fields[name] for name in (columns.caption, *CAPTION_COLUMNS) if name and name in fields), None)
+        label = next((fields[name] for name in (columns.label, *LABEL_COLUMNS) if name and name in fields), None)
+        captions = (
+            tuple(parts["txt"].read().decode("utf-8").strip().splitlines()) if "txt" in parts else _texts(caption)
+        )
+        if "cls" in parts:
+            label = parts["cls"].read().decode("utf-8")
+        if picture is not None or captions:
+            yield Record(f"{Path(path).name}/{key}" if several else key, picture, captions, _label(label))

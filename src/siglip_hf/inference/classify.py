@@ -1,0 +1,186 @@
+"""Zero-shot labels for many picture files: finds them, scores them in batches, and goes on past the broken ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from siglip_hf.inference.optimize.optimization import optimize
+from siglip_hf.inference.pipeline import SiglipZeroShotImageClassificationPipeline
+from siglip_hf.parallel import prefetch
+from siglip_hf.preprocessing.image_intake import PictureError
+
+_READERS = 4  # threads that read and decode pictures while the towers compute
+
+
+@dataclass
+class Classified:
+    """What became of one picture.
+
+    Attributes:
+        source: its path or URL.
+        labels: dicts with `label`, `cosine`, `logit`, `sigmoid` and `softmax`, best first; empty if it is broken.
+        error: what is wrong with it, or None.
+        truth: its right label, if that is known.
+    """
+
+    source: str
+    labels: list[dict[str, Any]] = field(default_factory=list)
+    error: str | None = None
+    truth: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields that say something, for JSON."""
+        fields = {"source": self.source, "labels": self.labels, "error": self.error, "truth": self.truth}
+        return {name: value for name, value in fields.items() if value not in (None, [])}
+
+
+def read_labels_file(path: str | Path) -> list[str]:
+    """Labels from a text file, one on each line; empty lines are skipped.
+
+    Raises:
+        ValueError: if the file cannot be read as text, holds no label, or is JSON.
+    """
+    if Path(path).suffix.lower() == ".json":
+        raise ValueError(
+            f"the labels file {str(path)!r} should be plain text with a label on each line; JSON of right labels by "
+            "file name goes to --truth, and then no other labels are needed."
+        )
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the labels file {str(path)!r} cannot be read: {error}") from error
+    labels = [line.strip() for line in lines if line.strip()]
+    if not labels:
+        raise ValueError(f"the labels file {str(path)!r} holds no label; write one on each line.")
+    return labels
+
+
+def read_truth_file(path: str | Path) -> dict[str, str]:
+    """Right labels by file name, from a JSON object such as `{"cat.png": "a cat"}`.
+
+    Raises:
+        ValueError: if the file cannot be read as such.
+    """
+    try:
+        truth = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"the file of right labels {str(path)!r} cannot be read: {error}") from error
+    if not isinstance(truth, dict) or not truth or not all(isinstance(label, str) for label in truth.values()):
+        raise ValueError(f"{str(path)!r} must hold a JSON object of file names and labels, like {{'a.png': 'a cat'}}.")
+    return truth
+
+
+def load_classifier(
+    model: str, device: str | None = None, fast: bool = False
+) -> SiglipZeroShotImageClassificationPipeline:
+    """The zero-shot pipeline of a SigLIP checkpoint.
+
+    Args:
+        model: name or folder of the checkpoint.
+        device: where it computes; the first accelerator by default.
+        fast: on a CPU, make it faster (`siglip_hf.optimize`), which rounds the scores to the dtype that it picks.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or it is not a SigLIP that this package serves.
+    """
+    import transformers
+
+    if os.path.isdir(model):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here; nothing is to be asked of the network
+    try:
+        classifier = transformers.pipeline("zero-shot-image-classification", model=model, device=device)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"cannot load {model!r}: {_first_line(error)}") from error
+    if not isinstance(classifier, SiglipZeroShotImageClassificationPipeline):
+        raise ValueError(f"{model!r} is a {type(classifier.model).__name__}, not a SigLIP model of this package.")
+    if fast:
+        optimize(classifier.model)
+    return classifier
+
+
+def classify_files(
+    classifier: SiglipZeroShotImageClassificationPipeline,
+    sources: Sequence[str],
+    labels: Iterable[str] | str,
+    *,
+    templates: Sequence[str] | None = None,
+    top_k: int | None = None,
+    truth: Mapping[str, str] | None = None,
+    batch_size: int = 8,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[Classified]:
+    """Scores pictures against labels. A picture that cannot be read costs only itself.
+
+    Args:
+        classifier: the pipeline.
+        sources: paths and URLs.
+        labels: as the pipeline takes them.
+        templates: texts with `{}` for the label, averaged; the pipeline's default if None or empty.
+        top_k: only the best so many labels of each picture.
+        truth: right labels, by path or by file name.
+        batch_size: pictures read and scored together.
+        on_progress: called with the number of pictures just done.
+
+    Returns:
+        One entry per source, in their order.
+
+    Raises:
+        ValueError: for labels, templates or numbers that cannot be.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    # Without a picture it only checks, so that a mistake is known before the first file is read.
+    options = {"hypothesis_template": list(templates) if templates else None, "named_scores": True, "top_k": top_k}
+    classifier([], labels, **options)
+    results: list[Classified] = []
+    entries = [Classified(source, truth=truth_of(source, truth)) for source in sources]
+    # Read ahead, so that the towers do not wait for files and decoders; two batches of pictures at most lie in memory.
+    pictures = prefetch(
+        entries, lambda entry: _read(classifier, entry), workers=min(batch_size, _READERS), depth=2 * batch_size
+    )
+    for start in range(0, len(entries), batch_size):
+        batch = entries[start : start + batch_size]
+        read = [(entry, picture) for entry, picture in zip(batch, pictures, strict=False) if picture is not None]
+        scored = classifier([picture for _, picture in read], labels, batch_size=batch_size, **options)
+        for (entry, _), scores in zip(read, scored, strict=True):
+            entry.labels = [{name: value for name, value in row.items() if name != "score"} for row in scores]
+        results += batch
+        on_progress(len(batch))
+    return results
+
+
+def _read(classifier: SiglipZeroShotImageClassificationPipeline, entry: Classified) -> Image.Image | None:
+    """The picture of an entry, or None, with the reason in the entry."""
+    try:
+        return classifier.load_picture(entry.source)
+    except PictureError as error:
+        entry.error = error.reason
+        return None
+
+
+def truth_of(source: str, truth: Mapping[str, str] | None) -> str | None:
+    """The right label of a picture, or None.
+
+    Args:
+        source: its path, URL or name.
+        truth: right labels by such a source or by file name alone.
+    """
+    truth = truth or {}
+    return truth.get(source, truth.get(os.path.basename(source)))
+
+
+def accuracy(results: Iterable[Classified]) -> tuple[int, int]:
+    """How many best labels are right, and of how many pictures with a known label."""
+    judged = [result for result in results if result.truth is not None and result.labels]
+    return sum(result.labels[0]["label"] == result.truth for result in judged), len(judged)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""`siglip_hf.optimize`: encoder blocks made faster for inference."""

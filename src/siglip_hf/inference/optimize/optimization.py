@@ -1,0 +1,260 @@
+"""`siglip_hf.optimize`: a model made faster for inference on this CPU, checked against itself, with a report.
+
+Nothing is compiled, so there is no warm-up: the weights are packed once, in less time than a few pictures take.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from siglip_hf.inference.optimize.packed import PackedEncoderLayer, is_packable, release
+from siglip_hf.models.configuration_siglip import SiglipTextConfig, as_pair
+from siglip_hf.models.configuration_siglip2 import Siglip2VisionConfig
+from siglip_hf.models.layers import SiglipEncoder, SiglipEncoderLayer
+from siglip_hf.models.modeling_siglip import SiglipPreTrainedModel, SiglipTextModel, SiglipVisionModel, l2_normalize
+
+logger = logging.get_logger(__name__)
+
+#: The least cosine of embeddings before and after in bfloat16, and the largest difference of unit embeddings in
+#: float32, for a model to stay optimized.
+LEAST_COSINE = 0.9999
+LARGEST_DIFFERENCE = 1e-5
+LEAST_COSINE_INT8 = 0.99
+
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+_PROBES = 2  # pictures, and texts: enough to see a fault, few enough that nobody waits for it
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass
+class Optimization:
+    """What `optimize` did to a model.
+
+    Attributes:
+        dtype: The dtype that the model computes in, such as "bfloat16".
+        threads: Threads of torch.
+        packed_blocks: Encoder blocks with prepacked weights; 0 if the model is as it was.
+        cosine: The least cosine between embeddings before and after, on a probe batch; None if nothing was changed.
+        notes: Each choice, and why, in words.
+    """
+
+    dtype: str
+    threads: int
+    packed_blocks: int = 0
+    cosine: float | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def optimize(model: Model, dtype: torch.dtype | None = None, *, int8: bool = False) -> Model:
+    """Makes a SigLIP model faster for inference on a CPU, in place.
+
+    It picks bfloat16 where the CPU multiplies in it, float32 elsewhere; packs the weights of the encoder blocks once
+    in oneDNN's order; makes queries, keys and values in one product; and takes activations and sums into the
+    products. Then it embeds a probe batch. If that differs from before by more than rounding (cosine below 0.9999 in
+    bfloat16, 1e-5 in float32), it takes the next safer way: float32, at last the model as it was.
+
+    An optimized model gives embeddings and hidden states; it has no gradients, attention weights or state dict. What
+    cannot be packed (blocks with LoRA, quantized weights, hooks or offload; models on an accelerator) stays as it is,
+    and the report says so. Calling it again does nothing.
+
+    Args:
+        model: A `SiglipModel`, `Siglip2Model`, one of their towers or classifiers, in whatever dtype it was loaded.
+        dtype: `torch.float32` or `torch.bfloat16`; by default the one that suits the hardware. A dtype given is taken
+            as wanted, and the probe compares with the plain model in it. float16 is many times slower on CPUs: the
+            model then gets the default, with a warning.
+        int8: Multiply by the blocks' weights in int8, which costs accuracy (docs/speed.md says how much); inputs are
+            quantized as they come, without calibration. The probe must then agree to a cosine of 0.99.
+
+    Returns:
+        The same model, in evaluation mode, with an `Optimization` as its attribute `optimization`.
+
+    Raises:
+        ValueError: For another dtype.
+    """
+    if isinstance(getattr(model, "optimization", None), Optimization):
+        return model
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"dtype={dtype} is none to optimize for; pass torch.bfloat16, torch.float32 or None.")
+    report = Optimization(
+        dtype=str(getattr(model, "dtype", "")).removeprefix("torch."), threads=torch.get_num_threads()
+    )
+    reason = _reason_against(model)
+    if reason:
+        report.notes.append(f"left as it is: {reason}")
+    else:
+        _limit_threads(report)
+        model.eval()
+        if dtype == torch.float16:
+            logger.warning("float16 is many times slower than float32 on a CPU; optimize chooses another dtype")
+            report.notes.append("float16 was asked for, but CPUs compute it many times slower than float32")
+            dtype = None
+        if dtype is None:
+            choices = _choose_dtypes(report)
+        else:
+            choices = [dtype]
+            model.to(dtype)  # type: ignore[call-overload]
+            report.dtype = _name(dtype)
+        if not any(_pack(model, choice, report, int8) for choice in choices):
+            report.notes.append("left as it is: no faster way gave the same embeddings")
+    model.optimization = report  # type: ignore[assignment]
+    return model
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether this CPU has instructions for products in bfloat16 (AVX-512-BF16 or AMX)."""
+    checks = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(check() for check in checks if check is not None)
+
+
+def _reason_against(model: nn.Module) -> str | None:
+    """Why a model cannot be optimized, or None."""
+    if not torch.backends.mkldnn.is_available() or platform.machine().lower() not in ("x86_64", "amd64"):
+        return "this is no x86 CPU with oneDNN"
+    if not isinstance(model, SiglipPreTrainedModel) or not (encoders := _encoders(model)):
+        return f"{type(model).__name__} is no SigLIP model of this package"
+    devices = {parameter.device.type for parameter in model.parameters()}
+    if devices != {"cpu"}:
+        return f"its weights are on {', '.join(sorted(devices))}, and packing serves the CPU"
+    if any(encoder.config._attn_implementation not in ("sdpa", "eager") for encoder in encoders):
+        return f"its attention is {encoders[0].config._attn_implementation!r}, not 'sdpa'"
+    if not all(is_packable(block) for encoder in encoders for block in encoder.layers):
+        return "its blocks hold adapters, quantized weights or hooks"
+    return None
+
+
+def _choose_dtypes(report: Optimization) -> list[torch.dtype]:
+    """Dtypes to try, fastest first."""
+    if multiplies_bfloat16():
+        report.notes.append("bfloat16: this CPU has instructions for it (AVX-512-BF16 or AMX)")
+        return [torch.bfloat16, torch.float32]
+    report.notes.append("float32: this CPU has no instructions for bfloat16 (AVX-512-BF16 or AMX)")
+    return [torch.float32]
+
+
+def _limit_threads(report: Optimization) -> None:
+    """No more threads than cores that this process may use: in a container torch counts those of the whole machine."""
+    usable = usable_cores()
+    if torch.get_num_threads() > usable:
+        report.notes.append(f"{usable} threads instead of {torch.get_num_threads()}: so many cores are this process's")
+        torch.set_num_threads(usable)
+    else:
+        report.notes.append(f"{torch.get_num_threads()} threads, as torch has set; {usable} cores are usable")
+    report.threads = torch.get_num_threads()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, by its affinity and its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if _CPU_QUOTA.is_file():
+        limit, _, period = _CPU_QUOTA.read_text().strip().partition(" ")
+        if limit.isdigit() and period.isdigit():
+            cores = min(cores, math.ceil(int(limit) / int(period)))
+    return max(1, cores)
+
+
+@torch.no_grad()
+def _pack(model: nn.Module, dtype: torch.dtype, report: Optimization, int8: bool) -> bool:
+    """Packs the model's blocks in a dtype; if it then embeds the probe otherwise, puts everything back.
+
+    Weights that are only put in another order are dropped block by block, since packing can be undone: at no time are
+    there two copies of the model.
+
+    Returns:
+        Whether the model is packed.
+    """
+    before = _embed_probe(model)
+    only_reordered = {parameter.dtype for parameter in model.parameters()} == {dtype} and not int8
+    blocks = [
+        (encoder.layers, index, block) for encoder in _encoders(model) for index, block in enumerate(_to_pack(encoder))
+    ]
+    for layers, index, block in blocks:
+        layers[index] = PackedEncoderLayer(block, dtype, int8)
+        if only_reordered:
+            release(block)
+    others = [*model.parameters(), *model.buffers()]
+    data = [tensor.data for tensor in others]
+    model.to(dtype)  # type: ignore[call-overload]
+    after = _embed_probe(model)
+
+    cosine = nn.functional.cosine_similarity(before, after).min().item()
+    difference = (before - after).abs().max().item()
+    exact = only_reordered and dtype == torch.float32
+    least = LEAST_COSINE_INT8 if int8 else LEAST_COSINE
+    if not (difference <= LARGEST_DIFFERENCE if exact else cosine >= least):
+        for layers, index, block in blocks:
+            if only_reordered:
+                layers[index].unpack_into(block)  # type: ignore[operator]
+            layers[index] = block
+        for tensor, original in zip(others, data, strict=True):
+            tensor.data = original
+        report.notes.append(f"not in {_name(dtype)}: the probe's embeddings differ (least cosine {cosine:.6f})")
+        return False
+
+    report.dtype, report.cosine, report.packed_blocks = _name(dtype), cosine, len(blocks)
+    kind = "weights in int8" if int8 else "packed weights"
+    report.notes.append(f"{len(blocks)} blocks on oneDNN with {kind}; nothing is compiled, so nothing warms up")
+    report.notes.append(f"least cosine to the model before, on {len(before)} probe inputs: {cosine:.6f}")
+    model.requires_grad_(False)
+    return True
+
+
+def _encoders(model: nn.Module) -> list[SiglipEncoder]:
+    return [module for module in model.modules() if isinstance(module, SiglipEncoder)]
+
+
+def _to_pack(encoder: SiglipEncoder) -> list[SiglipEncoderLayer]:
+    """The blocks to pack: not the text tower's last, of which one position counts; for that the plain one is faster."""
+    blocks: list[Any] = list(encoder.layers)
+    return blocks[:-1] if isinstance(encoder.config, SiglipTextConfig) else blocks
+
+
+def _embed_probe(model: nn.Module) -> torch.Tensor:
+    """Unit embeddings (M, E) in float32 of two smooth pictures and two short texts, by each tower of the model."""
+    generator = torch.Generator().manual_seed(0)
+    embeds = []
+    for tower in model.modules():
+        if isinstance(tower, SiglipVisionModel):
+            output = tower(**_probe_pictures(tower.config, generator))
+        elif isinstance(tower, SiglipTextModel):
+            output = tower(_probe_texts(tower.config, generator), last_token_only=True)
+        else:
+            continue
+        pooled = output.pooler_output
+        embeds.append(l2_normalize((output.last_hidden_state.mean(dim=1) if pooled is None else pooled).float()))
+    width = max(embed.shape[-1] for embed in embeds)
+    return torch.cat([nn.functional.pad(embed, (0, width - embed.shape[-1])) for embed in embeds])
+
+
+def _probe_pictures(config: Any, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Smooth noise, as the tower takes it: pixels, or the patches of NaFlex."""
+    rows, columns = config.patch_grid
+    height, width = (count * side for count, side in zip((rows, columns), as_pair(config.patch_size), strict=True))
+    noise = torch.rand(_PROBES, config.num_channels, 4, 4, generator=generator) * 2 - 1
+    pixels = nn.functional.interpolate(noise, size=(height, width), mode="bilinear")
+    if not isinstance(config, Siglip2VisionConfig):
+        return {"pixel_values": pixels}
+    patches = nn.functional.unfold(pixels, as_pair(config.patch_size), stride=as_pair(config.patch_size))  # (M, P, N)
+    return {"pixel_values": patches.transpose(1, 2), "spatial_shapes": torch.tensor([[rows, columns]] * _PROBES)}
+
+
+def _probe_texts(config: SiglipTextConfig, generator: torch.Generator) -> torch.Tensor:
+    """Token ids (M, L) of four tokens and padding, like a label."""
+    padding = 0 if config.pad_token_id is None else config.pad_token_id
+    ids = torch.full((_PROBES, config.max_position_embeddings), padding)
+    ids[:, :4] = torch.randint(config.vocab_size, ids[:, :4].shape, generator=generator)
+    return ids
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

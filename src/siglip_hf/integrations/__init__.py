@@ -1,0 +1,1 @@
+"""Other libraries and formats: PEFT, the original checkpoints, ONNX."""

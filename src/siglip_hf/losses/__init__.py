@@ -1,0 +1,1 @@
+"""The pairwise sigmoid loss, in tiles and across processes."""

@@ -1,0 +1,111 @@
+"""Work in threads: on the pictures of a batch side by side, and ahead of the tower that computes on them.
+
+Decoding and resizing release Python's lock, so that threads help.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """`work(item)` of each item, in order, computed by as many threads as torch uses.
+
+    No more results than threads wait to be taken, so that a batch of large pictures never lies in memory decoded. One
+    item, or one thread (`torch.set_num_threads(1)`, also the workers of a `DataLoader`), is computed by the caller.
+
+    Args:
+        work: What can run beside itself on other items, and profits from it: it must release Python's lock.
+        items: Taken one by one, by the caller's thread; those of a list in a run of neighbours for each thread, which
+            saves the handing over.
+
+    Raises:
+        Exception: What `work` or `items` raise.
+    """
+    threads = min(torch.get_num_threads(), os.cpu_count() or 1)
+    if isinstance(items, Sequence) and len(items) > threads > 1:
+        length = math.ceil(len(items) / threads)
+        runs = (items[start : start + length] for start in range(0, len(items), length))
+        for results in in_threads(lambda run: [work(item) for item in run], runs):
+            yield from results
+        return
+    items = iter(items)
+    first = list(itertools.islice(items, 2)) if threads > 1 else []
+    items = itertools.chain(first, items)
+    if len(first) < 2:
+        yield from map(work, items)
+        return
+    waiting: deque[Future[Result]] = deque()
+    # A pool for each call: one that is kept would be without its threads in a forked process.
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def prefetch(
+    items: Iterable[Item], function: Callable[[Item], Result], *, workers: int = 1, depth: int | None = None
+) -> Iterator[Result]:
+    """`map(function, items)`, computed ahead in threads.
+
+    Decoding and resizing of pictures release Python's lock, and so do the products of a tower; that is what the
+    threads gain. The items are taken from their iterable in the caller's thread.
+
+    Args:
+        items: Arguments of `function`, taken one by one, no more than `depth` ahead.
+        function: What to do with each, called in another thread.
+        workers: Threads.
+        depth: Results, finished or begun, that may wait to be taken; it bounds the memory. Twice the workers by
+            default.
+
+    Yields:
+        The results, in the order of the items. An error of `function` (or of `items`) is raised at its place in that
+        order, and ends the iteration; what has not begun by then is not done.
+
+    Raises:
+        ValueError: At once, if there are fewer than one worker or one result.
+    """
+    depth = 2 * workers if depth is None else depth
+    if workers < 1 or depth < 1:
+        raise ValueError(f"workers={workers} and depth={depth} must be at least 1.")
+    return _prefetch(items, function, workers, depth)
+
+
+def _prefetch(items: Iterable[Item], function: Callable[[Item], Result], workers: int, depth: int) -> Iterator[Result]:
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="siglip-prefetch")
+    waiting: deque[Future[Result]] = deque()
+    try:
+        remaining = iter(items)
+        exhausted = False
+        while True:
+            while not exhausted and len(waiting) < depth:
+                try:
+                    item = next(remaining)
+                except StopIteration:
+                    exhausted = True
+                except Exception as error:
+                    exhausted = True
+                    failed: Future[Result] = Future()
+                    failed.set_exception(error)
+                    waiting.append(failed)
+                else:
+                    waiting.append(pool.submit(function, item))
+            if not waiting:
+                return
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)

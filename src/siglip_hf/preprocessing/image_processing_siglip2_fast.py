@@ -1,0 +1,98 @@
+"""Pictures to patches for SigLIP 2 NaFlex with torch alone: antialiased resizing of 8-bit memory, on the CPU or a GPU.
+
+Same defaults, arguments and budgets as `Siglip2ImageProcessor`; torchvision is neither imported nor needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers.image_processing_utils import BatchFeature
+
+from siglip_hf.parallel import in_threads
+from siglip_hf.preprocessing.image_intake import Picture
+from siglip_hf.preprocessing.image_processing_siglip import pillow_filter, value_scale
+from siglip_hf.preprocessing.image_processing_siglip2 import (
+    Siglip2ImageProcessorBase,
+    channels_of_batch,
+    largest_budget,
+    with_sizes,
+)
+from siglip_hf.preprocessing.image_processing_siglip_fast import SiglipImageProcessorFast
+from siglip_hf.preprocessing.image_tensors import divide_and_shift, division_and_shift, empty, put, resize, to_tensor
+
+
+class Siglip2ImageProcessorFast(Siglip2ImageProcessorBase, SiglipImageProcessorFast):
+    """Turns pictures into patches with torch, several times faster than Pillow and on any device.
+
+    It differs from `Siglip2ImageProcessor` in the resizing only, by at most one level of 255; for where, and for
+    `device` and `return_tensors`, see `SiglipImageProcessorFast`.
+
+    Examples:
+        >>> processor = Siglip2ImageProcessorFast(max_num_patches=1024)
+        >>> processor(["cat.jpg", "dog.png"], return_tensors="pt", max_num_patches=[1024, 256]).pixel_values.shape
+        torch.Size([2, 1024, 768])
+    """
+
+    def _preprocess(  # type: ignore[override]
+        self,
+        images: Iterable[Picture],
+        do_resize: bool,
+        resample: Any,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean: float | tuple[float, ...],
+        image_std: float | tuple[float, ...],
+        patch_size: int,
+        max_num_patches: int | Sequence[int],
+        return_tensors: Any,
+        device: torch.device,
+        **kwargs: Any,
+    ) -> BatchFeature:
+        def resized(entry: tuple[Picture, tuple[int, int]]) -> tuple[torch.Tensor, float]:
+            picture, size = entry
+            pixels = resize(picture, size, pillow_filter(resample)) if do_resize else to_tensor(picture)
+            return pixels, value_scale(picture, do_rescale, rescale_factor)
+
+        sized = with_sizes(images, do_resize, patch_size, max_num_patches)
+        pixels, scales = map(list, zip(*in_threads(resized, sized), strict=True))  # (C, height, width) each
+        channels = channels_of_batch(item.shape[0] for item in pixels)
+        as_they_are = not do_normalize and all(scale == 1 for scale in scales)
+        values = empty(
+            (len(pixels), largest_budget(max_num_patches), patch_size**2 * channels),
+            pixels[0].dtype if as_they_are else torch.float32,
+            device,
+        )  # (B, N, p * p * C)
+        mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
+
+        def fill(entry: tuple[torch.Tensor, torch.Tensor, float]) -> tuple[int, int]:
+            patches, item, scale = entry
+            rows, columns = item.shape[1] // patch_size, item.shape[2] // patch_size
+            filled = patches[: rows * columns]  # (n, p * p * C)
+            lines = item.permute(1, 2, 0).contiguous().view(rows, patch_size, columns, patch_size, channels)
+            put(lines.transpose(1, 2), into=filled.view(rows, columns, patch_size, patch_size, channels))
+            if not as_they_are:
+                division, shift = division_and_shift(scale, mean, std, channels)
+                # As long as a patch: a vector is quicker to apply than a channel at a time.
+                divide_and_shift(filled, np.tile(division, patch_size**2), np.tile(shift, patch_size**2))
+            put(patches.new_zeros(()), into=patches[rows * columns :])
+            return rows, columns
+
+        entries = list(zip(values, pixels, scales, strict=True))
+        shapes = list(in_threads(fill, entries) if device.type == "cpu" else map(fill, entries))
+        spatial_shapes = torch.tensor(shapes, device=device)  # (B, 2)
+        lengths = spatial_shapes.prod(dim=1, keepdim=True)
+        mask = (torch.arange(values.shape[1], device=device) < lengths).int()  # (B, N)
+        data: dict[str, Any] = {"pixel_values": values, "pixel_attention_mask": mask, "spatial_shapes": spatial_shapes}
+        if return_tensors is None:
+            return BatchFeature(data={name: list(value) for name, value in data.items()})
+        if str(getattr(return_tensors, "value", return_tensors)) == "np":
+            data = {name: value.cpu().numpy() for name, value in data.items()}
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+
+__all__ = ["Siglip2ImageProcessorFast"]

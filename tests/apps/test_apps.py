@@ -1,0 +1,494 @@
+"""The functions behind the pages; the pages themselves are tried in tests/browser."""
+
+import dataclasses
+import os
+import socket
+import struct
+import sys
+import types
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor, BertConfig, BertModel
+
+import siglip_hf
+from siglip_hf.apps import compare, multilingual, page, search
+from siglip_hf.apps.scorers import ClipScorer, OpenClipScorer, Scorer, SiglipScorer, load_scorer
+from siglip_hf.cli import main as cli
+from siglip_hf.preprocessing.image_intake import PictureError
+from tiny_clip import write_tiny_clip
+
+PICTURES = {Path(path).stem: page.read_upload(path) for path in page.demo_pictures()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small only wait when their work is shared out among threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Scorer:
+    return load_scorer(siglip_hf.default_checkpoint())
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> str:
+    return str(write_tiny_clip(tmp_path_factory.mktemp("models") / "tiny-clip"))
+
+
+@pytest.fixture(scope="module")
+def clip(clip_folder) -> Scorer:
+    return load_scorer(clip_folder)
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    """A piece of a PNG file."""
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+class TestUploads:
+    def test_a_picture(self, tmp_path):
+        Image.new("RGBA", (5, 3), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+        picture = page.read_upload(str(tmp_path / "clear.png"))
+        assert (picture.mode, picture.size, picture.getpixel((0, 0))) == ("RGB", (5, 3), (255, 255, 255))
+
+    def test_what_is_no_picture(self, tmp_path):
+        path = tmp_path / "notes.png"
+        path.write_text("no picture")
+        with pytest.raises(PictureError, match=r"notes\.png.*no picture of a known format") as caught:
+            page.read_upload(str(path))
+        assert str(tmp_path) not in str(caught.value)
+
+    def test_half_a_picture(self, tmp_path):
+        path = tmp_path / "half.png"
+        content = Path(page.demo_pictures()[0]).read_bytes()
+        path.write_bytes(content[: len(content) // 2])
+        with pytest.raises(PictureError, match=r"half\.png.*truncated"):
+            page.read_upload(str(path))
+
+    @pytest.mark.parametrize(("side", "words"), [(8_000, "8000 x 8000 pixels; at most 50"), (20_000, "bomb")])
+    def test_too_many_pixels_are_refused_unread(self, tmp_path, monkeypatch, side, words):
+        path = tmp_path / "large.png"
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)))
+        with path.open("ab") as file:
+            file.write(chunk(b"IDAT", b""))
+        monkeypatch.setattr(page, "load_picture", lambda path: pytest.fail("it was decoded"))
+        with pytest.raises(PictureError, match=words):
+            page.read_upload(str(path))
+
+    def test_the_box_hands_over_the_path_without_opening_the_file(self):
+        gr = pytest.importorskip("gradio")
+        box = page.upload_box("Picture")
+        assert box.preprocess(None) is None
+        assert box.preprocess(gr.data_classes.ImageData(path="/nowhere/a.png")) == "/nowhere/a.png"
+
+
+class TestHtml:
+    def test_names_and_labels_are_escaped(self):
+        evil = "<script>alert(1)</script>"
+        assert evil not in page.bar(evil, 0.5) + page.problem(evil) + page.note(evil)
+        assert evil not in page.score_table(evil, [evil], [(evil, [(evil, 0.5, True)])])
+
+    def test_a_bar(self):
+        said = page.bar("cat", 0.125, pale=0.5)
+        assert "width: 12.50%" in said
+        assert "width: 50.00%" in said
+        assert ">12.5%<" in said
+
+    def test_counts(self):
+        assert [page.short_count(n) for n in (7_004_930, 878_000_000, 1_136_000_000)] == ["7.0 M", "878.0 M", "1.1 B"]
+
+
+class TestScorers:
+    def test_siglip_is_the_sigmoid_of_its_logits(self, embedded):
+        assert isinstance(embedded, SiglipScorer)
+        assert (embedded.name, embedded.reads_as) == ("siglip-hf-pictures-64", "sigmoid")
+        texts = ["dog", "cat", "pizza"]
+        model = siglip_hf.SiglipModel.from_pretrained(siglip_hf.default_checkpoint(), dtype=torch.float32).eval()
+        processor = siglip_hf.SiglipProcessor.from_pretrained(siglip_hf.default_checkpoint())
+        with torch.no_grad():
+            expected = model(**processor(text=texts, images=PICTURES["cat"], return_tensors="pt"))
+        logits = embedded.logits(PICTURES["cat"], texts)
+        torch.testing.assert_close(logits, expected.logits_per_image[0], atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(embedded.scores(logits), logits.sigmoid())
+        assert embedded.parameters == sum(p.numel() for p in model.parameters())
+        assert embedded._pipeline.model.optimization.dtype == "float32"
+
+    def test_clip_is_the_softmax_of_its_logits(self, clip, clip_folder):
+        assert isinstance(clip, ClipScorer)
+        assert clip.reads_as == "softmax"
+        model, processor = AutoModel.from_pretrained(clip_folder), AutoProcessor.from_pretrained(clip_folder)
+        texts = ["dog", "a cat, drawn", "x"]
+        with torch.no_grad():
+            inputs = processor(text=texts, images=PICTURES["cat"], return_tensors="pt", padding=True)
+            expected = model(**inputs).logits_per_image[0]
+        logits = clip.logits(PICTURES["cat"], texts)
+        torch.testing.assert_close(logits, expected)
+        torch.testing.assert_close(clip.scores(logits).sum(), torch.tensor(1.0))
+        assert clip.attention(PICTURES["cat"]) is None
+
+    def test_clip_cuts_long_texts(self, clip):
+        assert clip.logits(PICTURES["cat"], ["word " * 200, "b"]).shape == (2,)
+
+    def test_attention_of_the_embedded_checkpoint(self, embedded):
+        attention = embedded.attention(PICTURES["cat"])
+        assert attention.shape == (4, 4)
+        torch.testing.assert_close(attention.sum(), torch.tensor(1.0))
+
+    def test_what_cannot_be_loaded(self, tmp_path):
+        with pytest.raises(ValueError, match="cannot load 'no/such-model'"):
+            load_scorer("no/such-model")
+        BertModel(
+            BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+        ).save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="BertModel, which does not compare pictures with texts"):
+            load_scorer(str(tmp_path))
+
+
+class Tokenizer:
+    """As open_clip's for NLLB: texts to ids (C, 4), begun by the language."""
+
+    set_lang_fn = True
+
+    def __init__(self):
+        self.told: list[str] = []
+
+    def set_language(self, language: str) -> None:
+        self.told.append(language)
+
+    def __call__(self, texts: list[str]) -> torch.Tensor:
+        first = sum(map(ord, self.told[-1])) if self.told else 8
+        return torch.tensor([[first, *map(ord, f"{text:<3}"[:3])] for text in texts])
+
+
+class TwoTowers(torch.nn.Module):
+    """As open_clip's models, with embeddings that can be worked out by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
+        self.logit_bias: torch.nn.Parameter | None = torch.nn.Parameter(torch.tensor(-3.0))
+
+    def encode_image(self, pixels, normalize=False):
+        assert normalize
+        return torch.nn.functional.normalize(pixels.flatten(1), dim=-1)
+
+    def encode_text(self, ids, normalize=False):
+        assert normalize
+        return torch.nn.functional.normalize(ids.float(), dim=-1)
+
+
+@pytest.fixture
+def open_clip(monkeypatch):
+    """open_clip's interface with a model of two lines, which remembers what was asked of it."""
+    module = types.ModuleType("open_clip")
+    module.asked = []
+    module.model, module.tokenizer = TwoTowers(), Tokenizer()
+
+    def create_model_from_pretrained(name, pretrained=None, device=None):
+        module.asked.append((name, pretrained))
+        return module.model, lambda picture: torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    module.create_model_from_pretrained = create_model_from_pretrained
+    module.get_tokenizer = lambda name: module.tokenizer
+    monkeypatch.setitem(sys.modules, "open_clip", module)
+    return module
+
+
+class TestOpenClip:
+    @pytest.mark.parametrize(
+        ("name", "asked"),
+        [
+            ("open_clip:nllb-clip-base-siglip/v1", ("nllb-clip-base-siglip", "v1")),
+            ("open_clip:ViT-B-32//models/own.pt", ("ViT-B-32", "/models/own.pt")),
+            ("open_clip:hf-hub:org/repo", ("hf-hub:org/repo", None)),
+            ("open_clip:local-dir:/models/nllb", ("local-dir:/models/nllb", None)),
+        ],
+    )
+    def test_names(self, open_clip, name, asked):
+        assert load_scorer(name).name == name
+        assert open_clip.asked == [asked]
+
+    @pytest.mark.parametrize("name", ["open_clip:nllb-clip-base", "open_clip:", "open_clip:hf-hub:", "open_clip:/v1"])
+    def test_names_without_weights(self, open_clip, name):
+        with pytest.raises(ValueError, match="write open_clip:MODEL/WEIGHTS"):
+            load_scorer(name)
+
+    def test_logits_with_and_without_a_bias(self, open_clip):
+        scorer = load_scorer("open_clip:nllb/v1")
+        assert (scorer.reads_as, scorer.parameters) == ("sigmoid", 2)
+        image = torch.nn.functional.normalize(torch.tensor([1.0, 2.0, 3.0, 4.0]), dim=0)
+        text = torch.nn.functional.normalize(torch.tensor([8.0, *map(ord, "cat")]), dim=0)
+        expected = (image @ text) * torch.tensor(2.0).exp()
+        torch.testing.assert_close(scorer.logits(PICTURES["cat"], ["cat"]), (expected - 3)[None])
+        open_clip.model.logit_bias = None
+        scorer = OpenClipScorer("open_clip:nllb/v1")
+        assert scorer.reads_as == "softmax"
+        torch.testing.assert_close(scorer.logits(PICTURES["cat"], ["cat"]), expected[None])
+
+    def test_the_language_reaches_the_tokenizer(self, open_clip):
+        scorer = load_scorer("open_clip:nllb/v1")
+        rows = {"Deutsch": ("Katze", "Hund"), "tha_Thai": ("แมว", "หมา"), "Klingon": ("a", "b")}
+        found = multilingual.score_languages(scorer, PICTURES["cat"], rows)
+        assert open_clip.tokenizer.told == ["deu_Latn", "tha_Thai"]
+        torch.testing.assert_close(
+            found["Deutsch"][0], scorer.logits(PICTURES["cat"], rows["Deutsch"], ["deu_Latn"] * 2).sigmoid()
+        )
+
+    def test_without_it(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "open_clip", None)
+        with pytest.raises(ImportError, match=r"pip install \"siglip-hf\[open-clip\]\""):
+            load_scorer("open_clip:nllb-clip-base/v1")
+
+
+class TestCompare:
+    def test_two_families_answer_side_by_side(self, embedded, clip):
+        first, second = compare.compare([embedded, clip], PICTURES["rocket"], "cat, rocket , dog", "{}")
+        assert first.labels == second.labels == ("cat", "rocket", "dog")
+        assert first.labels[int(first.logits.argmax())] == "rocket"
+        torch.testing.assert_close(first.logits, embedded.logits(PICTURES["rocket"], ["cat", "rocket", "dog"]))
+        assert first.heat_map.size == (256, 256)
+        assert second.heat_map is None
+        assert min(first.seconds, second.seconds) > 0
+
+    def test_the_template_is_used(self, embedded):
+        (plain,) = compare.compare([embedded], PICTURES["cat"], "cat", "{}")
+        (drawn,) = compare.compare([embedded], PICTURES["cat"], "cat", "a drawing of {}")
+        assert plain.logits != drawn.logits
+
+    def test_cards(self, embedded, clip):
+        first, second = map(compare.as_card, compare.compare([embedded, clip], PICTURES["cat"], "dog,cat,<b>"))
+        assert first.index("cat<") < first.index("dog<")
+        assert "sigmoid, 7.0 M parameters" in first
+        assert first.count('class="pale"') == 3
+        assert "&lt;b&gt;" in first
+        assert "data:image/png;base64," in first
+        assert "softmax, 0.0 M parameters" in second
+        assert "pale" not in second
+
+    @pytest.mark.parametrize(
+        ("labels", "template", "message"),
+        [
+            (" , ", "{}", "no label"),
+            ("cat", "a photo", "no single '{}'"),
+            (",".join(map(str, range(201))), "{}", "201 labels are too many"),
+        ],
+    )
+    def test_mistakes(self, embedded, labels, template, message):
+        with pytest.raises(ValueError, match=message):
+            compare.compare([embedded], PICTURES["cat"], labels, template)
+
+
+class TestMultilingual:
+    def test_lines(self):
+        rows = multilingual.parse_lines("English: cat , dog\n\n 日本語: 猫、犬 \n中文：猫，狗")
+        assert rows == {"English": ("cat", "dog"), "日本語": ("猫", "犬"), "中文": ("猫", "狗")}
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("", "no labels"),
+            ("cat, dog", "'cat, dog' should be a language"),
+            ("English: , ", "should be a language"),
+            ("English: cat, cat", "a label twice"),
+            ("English: cat\nEnglish: dog", "'English' has two lines"),
+            ("English: cat, dog\nDeutsch: Katze", "'Deutsch' has 1 labels and 'English' has 2"),
+            ("English: " + ",".join(map(str, range(201))), "201 labels are too many"),
+        ],
+    )
+    def test_mistakes(self, text, message):
+        with pytest.raises(ValueError, match=message):
+            multilingual.parse_lines(text)
+
+    def test_the_default_languages_are_those_of_the_card(self):
+        card = Path(siglip_hf.default_checkpoint(), "README.md").read_text()
+        languages = card.split("language: [")[1].split("]")[0].split(", ")
+        assert len(multilingual.parse_lines(multilingual.LABELS)) == len(languages) == 10
+        assert all(map(multilingual.language_code, multilingual.parse_lines(multilingual.LABELS)))
+
+    def test_codes(self):
+        assert multilingual.language_code("한국어") == "kor_Hang"
+        assert multilingual.language_code("tha_Thai") == "tha_Thai"
+        assert multilingual.language_code("Klingon") is None
+
+    def test_a_rocket_in_all_languages(self, embedded):
+        rows = multilingual.parse_lines(multilingual.LABELS)
+        found = multilingual.score_languages(embedded, PICTURES["rocket"], rows)
+        assert {rows[language][best] for language, (_, best) in found.items()} == {rows[name][3] for name in rows}
+        expected = embedded.logits(PICTURES["rocket"], rows["Deutsch"]).sigmoid()
+        torch.testing.assert_close(found["Deutsch"][0], expected)
+        table = multilingual.as_table(embedded, PICTURES["rocket"], rows)
+        assert "10 of 10 languages say &#x27;rocket&#x27;" in table
+        assert table.count("class=best") == 10
+
+    def test_clip_shares_out_within_a_language(self, clip):
+        rows = {"English": ("cat", "dog"), "Deutsch": ("Katze", "Hund")}
+        for scores, _ in multilingual.score_languages(clip, PICTURES["cat"], rows).values():
+            torch.testing.assert_close(scores.sum(), torch.tensor(1.0))
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    """The demo's index, in a cache folder of its own."""
+    for package in ("faiss", "pyarrow"):
+        pytest.importorskip(package)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        stages: list[str] = []
+        yield search.open_index(on_progress=stages.append)
+        assert "building the demo's index: 24 of 24 pictures" in stages
+        assert stages[-1] == "loading the model"
+
+
+def names(found: search.Found) -> list[str]:
+    return [hit.id for hit in found.hits]
+
+
+class TestSearch:
+    def test_words(self, index):
+        found = search.find(index, text=" a pizza ", count=3)
+        assert names(found)[0] == "pizza.png"
+        assert "3 of 24 for &#x27;a pizza&#x27;" in found.status
+
+    def test_a_picture(self, index):
+        found = search.find(index, search.Picture(PICTURES["whale"], "whale.png"))
+        assert names(found)[0] == "whale.png"
+        assert found.hits[0].cosine == pytest.approx(1, abs=1e-2)
+        assert len(found.hits) == 12
+
+    def test_filters(self, index):
+        assert names(search.find(index, text="an animal", pattern="*pictures/t*.png")) == sorted(
+            ["tiger.png", "turtle.png"], key=names(search.find(index, text="an animal", count=24)).index
+        )
+        assert "tiger.png" in names(search.find(index, text="an animal", count=6))
+        plain, without = (search.find(index, text="an animal", not_text=other, count=24) for other in ("", "tiger"))
+        assert names(without).index("tiger.png") > names(plain).index("tiger.png")
+        assert "&#x27;an animal&#x27;, not &#x27;tiger&#x27;" in without.status
+        assert "Nothing found" in search.find(index, text="cat", pattern="*.jpg").status
+
+    def test_nothing_asked(self, index):
+        assert search.find(index, text=" ", not_text="cat", pattern=None) == search.find(index)
+        assert search.find(index).hits == []
+        assert "24 entries" in search.find(index).status
+
+    def test_the_demo_index_is_built_once_and_again_if_damaged(self, index):
+        stages: list[str] = []
+        folder = search.demo_index(stages.append)
+        assert stages == []
+        next(Path(folder).glob("*.faiss")).write_bytes(b"broken")
+        assert search.demo_index(stages.append) == folder
+        assert stages
+
+    def test_gallery(self, index, tmp_path):
+        (hit,) = search.find(index, text="pizza", count=1).hits
+        ((thumbnail, caption),) = search.gallery_items([hit])
+        assert caption == f"{hit.cosine:.3f} ({hit.probability:.1%}) pizza.png"
+        assert max(thumbnail.size) <= search.THUMBNAIL
+        gone = dataclasses.replace(hit, path=str(tmp_path / "gone.png"), probability=None)
+        ((thumbnail, caption),) = search.gallery_items([gone])
+        assert caption == f"{hit.cosine:.3f} pizza.png"
+        assert len(set(thumbnail.getdata())) == 1
+        with pytest.raises(PictureError, match=r"gone\.png"):
+            search.read_hit(str(tmp_path / "gone.png"))
+        assert search.gallery_items([dataclasses.replace(hit, path=None)]) == []
+
+    def test_drawings(self):
+        board = Image.new("RGB", (8, 8), "white")
+        assert search.read_drawing(None) is None
+        assert search.read_drawing({"composite": None}) is None
+        assert search.read_drawing({"composite": board}) is None
+        board.putpixel((1, 1), (255, 255, 0))
+        assert search.read_drawing({"composite": board}).name == "your drawing"
+
+    def test_an_index_of_texts_is_shown_as_a_list(self, tmp_path):
+        index_source = pytest.importorskip("siglip_hf.search.index_source").index_source
+        (tmp_path / "captions.txt").write_text("a cat\na rocket\na <b>pizza</b>\n")
+        index_source([str(tmp_path / "captions.txt")], tmp_path / "texts.idx")
+        index = search.open_index(tmp_path / "texts.idx")
+        found = search.find(index, search.Picture(PICTURES["rocket"], "rocket.png"))
+        assert found.hits[0].text == "a rocket"
+        assert found.status.index("a rocket") < found.status.index("a cat")
+        assert "&lt;b&gt;" in found.status
+        assert search.gallery_items(found.hits) == []
+
+    def test_what_is_no_index(self, tmp_path):
+        with pytest.raises((OSError, ValueError), match="nothing"):
+            search.open_index(tmp_path / "nothing")
+
+
+class TestCommand:
+    @pytest.fixture(autouse=True)
+    def environment(self, monkeypatch):
+        monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # the command sets it; it is put back after the test
+
+    @pytest.fixture
+    def served(self, monkeypatch):
+        pytest.importorskip("gradio")
+        calls = []
+        monkeypatch.setattr(page, "serve", lambda *arguments: calls.append(arguments))
+        return calls
+
+    @pytest.mark.parametrize("name", ["search", "compare", "multilingual"])
+    def test_starts_with_no_arguments(self, served, name, monkeypatch, tmp_path):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        assert cli.main(["app", name]) == 0
+        ((blocks, host, port, share),) = served
+        assert blocks.title == f"siglip-hf: {name}"
+        assert (host, port, share) == ("127.0.0.1", None, False)
+
+    def test_options(self, served, clip_folder):
+        models = ["--model", siglip_hf.default_checkpoint(), "--model", clip_folder]
+        assert cli.main(["app", "compare", *models, "--host", "0.0.0.0", "--port", "8000", "--share"]) == 0
+        assert served[0][1:] == ("0.0.0.0", 8000, True)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["nothing"], "nothing"),
+            (["compare", "--index", "x"], "--index is for the page search"),
+            (["search", "--model", "x"], "--model is for the others"),
+            (["compare", "--model", "no/such-model"], "cannot load 'no/such-model'"),
+        ],
+    )
+    def test_mistakes(self, served, capsys, arguments, message):
+        assert cli.main(["app", *arguments]) == 2
+        assert message in capsys.readouterr().err
+
+    def test_a_port_that_is_taken(self, capsys):
+        pytest.importorskip("gradio")
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            port = taken.getsockname()[1]
+            assert cli.main(["app", "compare", "--port", str(port)]) == 2
+        assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
+
+    @pytest.mark.parametrize("host", ["203.0.113.7", "no such host"])
+    def test_an_address_of_another_machine(self, host):
+        with pytest.raises(OSError, match=f"cannot listen on {host}, port 7860"):
+            page.free_port(host)
+
+    def test_uploads_go_when_the_page_does(self, monkeypatch):
+        pytest.importorskip("gradio")
+        folders = []
+        monkeypatch.setattr(page, "serve", lambda blocks, *options: folders.append(os.environ["GRADIO_TEMP_DIR"]))
+        assert cli.main(["app", "compare"]) == 0
+        assert not os.path.exists(folders[0])
+
+    def test_without_gradio(self, monkeypatch, capsys):
+        monkeypatch.setitem(sys.modules, "gradio", None)
+        assert cli.main(["app", "compare"]) == 2
+        assert 'pip install "siglip-hf[apps]"' in capsys.readouterr().err
+
+    def test_gradio_is_told_not_to_report(self, monkeypatch):
+        pytest.importorskip("gradio")
+        monkeypatch.delenv("GRADIO_ANALYTICS_ENABLED", raising=False)
+        page.import_gradio()
+        assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"

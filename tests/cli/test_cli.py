@@ -1,0 +1,274 @@
+"""The command line: what it prints, what it skips, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import siglip_hf
+from siglip_hf.cli import examine as doctor
+from siglip_hf.cli.main import main
+from tiny_checkpoint import write_tiny_checkpoint
+
+LABELS = "cat, dog, a red bird"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture
+def run(checkpoint, monkeypatch, capsys):
+    """Runs a command line with the tiny checkpoint as the embedded one: (exit code, stdout, stderr)."""
+    monkeypatch.setattr(siglip_hf, "default_checkpoint", lambda: str(checkpoint))
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run_line(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run_line
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures in two folders, and a file that is none."""
+    rng = np.random.default_rng(0)
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in ("b.png", "a.JPG", "deep/er/c.webp"):
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("not a picture")
+    return tmp_path
+
+
+def names(out):
+    return [entry["source"].rsplit("/", 1)[-1] for entry in json.loads(out)]
+
+
+def test_json_holds_the_scores_of_the_pipeline(run, folder, checkpoint):
+    code, out, err = run("classify", folder / "b.png", "--labels", LABELS, "--top", 2, "--json", "--no-fast")
+    assert (code, err) == (0, "")
+    (entry,) = json.loads(out)
+    pipe = siglip_hf.inference.classify.load_classifier(str(checkpoint), "cpu")
+    expected = pipe(str(folder / "b.png"), LABELS, named_scores=True, top_k=2)
+    assert entry["source"] == str(folder / "b.png")
+    assert entry["labels"] == [
+        {name: pytest.approx(value, abs=1e-6) for name, value in row.items() if name != "score"} for row in expected
+    ]
+    assert list(entry["labels"][0]) == ["label", "cosine", "logit", "sigmoid", "softmax"]
+
+
+def test_scores_are_those_of_the_optimized_model_by_default(run, folder, checkpoint):
+    code, out, _ = run("classify", folder / "b.png", "--labels", LABELS, "--json")
+    assert code == 0
+    pipe = siglip_hf.inference.classify.load_classifier(str(checkpoint), "cpu", fast=True)
+    assert pipe.model.optimization.notes
+    expected = pipe(str(folder / "b.png"), LABELS, function_to_apply="cosine")
+    got = [(row["label"], pytest.approx(row["cosine"], abs=1e-6)) for row in json.loads(out)[0]["labels"]]
+    assert [(row["label"], row["score"]) for row in expected] == got
+
+
+def test_a_table_for_each_picture(run, folder):
+    code, out, err = run("classify", folder / "b.png", folder / "a.JPG", "--labels", LABELS)
+    assert (code, err) == (0, "")
+    for name in ("b.png", "a.JPG"):
+        assert out.count(name) == 1
+    for name in ("cosine", "logit", "sigmoid", "softmax", "a red bird", "cat", "dog"):
+        assert out.count(name) == 2, name
+    assert out.index("b.png") < out.index("a.JPG")
+
+
+def test_folders_globs_and_repetitions(run, folder, monkeypatch):
+    for sources, expected in (
+        ([folder], ["a.JPG", "b.png", "c.webp"]),
+        ([folder / "deep"], ["c.webp"]),
+        ([folder / "*.png"], ["b.png"]),
+        ([folder / "**" / "*.webp"], ["c.webp"]),
+        ([folder / "b.png", folder, folder / "b.png"], ["b.png", "a.JPG", "c.webp"]),
+    ):
+        code, out, _ = run("classify", *sources, "--labels", LABELS, "--json", "--batch-size", 2)
+        assert (code, names(out)) == (0, expected)
+
+
+def test_a_broken_file_is_reported_and_skipped(run, folder):
+    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:200])
+    code, out, err = run("classify", folder, folder / "missing.png", "--labels", LABELS, "--json")
+    assert code == 1
+    assert names(out) == ["a.JPG", "b.png", "c.webp", "missing.png"]
+    broken = {entry["source"]: entry for entry in json.loads(out) if "error" in entry}
+    assert set(broken) == {str(folder / "b.png"), str(folder / "missing.png")}
+    assert all("labels" not in entry and entry["error"] for entry in broken.values())
+    lines = err.splitlines()
+    assert [line.split(": ")[0] for line in lines[:2]] == [f"skipped {source}" for source in broken]
+    assert lines[2] == "2 of 4 pictures skipped"
+
+    code, out, err = run("classify", folder / "b.png", "--labels", LABELS)
+    assert (code, out) == (1, "")
+    assert "1 of 1 pictures skipped" in err
+
+
+def test_labels_file_and_templates(run, folder):
+    file = folder / "labels.txt"
+    file.write_text("cat\n\n  a dog, brown \ncat\n")
+    code, out, _ = run("classify", folder / "b.png", "--labels-file", file, "--json")
+    assert code == 0
+    assert sorted(row["label"] for row in json.loads(out)[0]["labels"]) == ["a dog, brown", "cat"]
+
+    scores = []
+    for templates in (["a {}"], ["the {}"], ["a {}", "the {}"]):
+        options = [part for template in templates for part in ("--template", template)]
+        _, out, _ = run("classify", folder / "b.png", "--labels", "cat", "--json", *options)
+        scores.append(json.loads(out)[0]["labels"][0]["cosine"])
+    assert len(set(scores)) == 3
+
+
+def test_truth_gives_labels_and_accuracy(run, folder, tmp_path):
+    _, out, _ = run("classify", folder, "--labels", LABELS, "--json", "--top", 1)
+    best = {entry["source"].rsplit("/", 1)[-1]: entry["labels"][0]["label"] for entry in json.loads(out)}
+    wrong = next(label for label in ("cat", "dog") if label != best["b.png"])
+    truth = tmp_path / "truth.json"
+    truth.write_text(json.dumps({"a.JPG": best["a.JPG"], "b.png": wrong, "unused.png": "a red bird"}))
+    code, out, _ = run("classify", folder, "--labels", LABELS, "--truth", truth)
+    assert code == 0
+    assert out.splitlines()[-1] == "1 of 2 best labels are right (50.0%)"
+    code, out, _ = run("classify", folder, "--truth", truth, "--json")
+    assert {row["label"] for row in json.loads(out)[0]["labels"]} == {best["a.JPG"], wrong, "a red bird"}
+    assert [entry.get("truth") for entry in json.loads(out)] == [best["a.JPG"], wrong, None]
+
+
+def test_sheet(run, folder):
+    file = folder / "sheet.png"
+    (folder / "b.png").write_bytes(b"broken")
+    code, _, err = run("classify", folder, "--labels", LABELS, "--sheet", file)
+    assert code == 1
+    assert f"contact sheet: {file}" in err
+    with Image.open(file) as sheet:
+        assert sheet.width > 2 * 200  # the two pictures that could be read
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "no labels"),
+        (["--labels", " , "], "hold no label"),
+        (["--labels", "a", "--labels-file", "labels.txt"], "labels file 'labels.txt' cannot be read"),
+        (["--labels-file", "labels.json"], "goes to --truth"),
+        (["--labels", "a", "--template", "photo"], "'photo' has no single '{}'"),
+        (["--labels", "a", "--top", "0"], "--top"),
+        (["--labels", "a", "--model", "no/such/folder/at all"], "cannot load 'no/such/folder/at all'"),
+        (["--labels", "a", "--sheet", "sheet.xyz"], "no picture format has this ending"),
+        (["--labels", "a", "--sheet", "no folder/sheet.png"], "there is no folder"),
+        (["--labels", "a", "--truth", "truth.json"], "'truth.json' cannot be read"),
+        (["--labels", "a", "--lable", "b"], "--lable"),
+        (["--labels", "a", "--device", "abacus"], "abacus"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(run, folder, arguments, message):
+    code, out, err = run("classify", folder / "b.png", *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.startswith("siglip-hf: ")
+    assert err.count("\n") == 1
+
+
+def test_more_wrong_usage(run, tmp_path):
+    for arguments, message in (
+        (["classify", "--labels", "a"], "IMAGE"),
+        (["classify", tmp_path, "--labels", "a"], "no pictures found"),
+        (["no-such-command"], "no-such-command"),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, ""), arguments
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_a_model_that_is_no_siglip_is_refused(run, folder, tmp_path):
+    from transformers import BertConfig
+
+    BertConfig(architectures=["BertModel"]).save_pretrained(tmp_path / "bert")
+    code, _, err = run("classify", folder / "b.png", "--labels", "a", "--model", tmp_path / "bert")
+    assert code == 2
+    assert "bert" in err
+    assert err.count("\n") == 1
+
+
+def test_version_and_help_load_no_torch():
+    script = (
+        "import sys\nfrom siglip_hf.cli.main import main\n"
+        "code = main(sys.argv[1:])\nassert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\nsys.exit(code)"
+    )
+    for arguments, expected in ((["--version"], f"siglip-hf {siglip_hf.__version__}\n"), (["--help"], "classify")):
+        done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert expected in done.stdout
+
+
+@pytest.fixture
+def quick_doctor(monkeypatch):
+    """Without flex attention, which compiles for a minute."""
+    quick = ("eager", "sdpa", "flash_attention_2")
+    attention = doctor.attention
+    monkeypatch.setattr(doctor, "attention", lambda: attention(quick))
+
+
+def test_doctor_reports_what_is_there(run, quick_doctor, checkpoint):
+    import torch
+
+    code, out, err = run("doctor", "--json")
+    report = json.loads(out)
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["siglip-hf"] == siglip_hf.__version__
+    assert report["hardware"]["torch_threads"] == torch.get_num_threads()
+    assert report["hardware"]["devices"][-1] == "cpu"
+    assert report["registered"]["AutoModel"]["siglip"] == "siglip_hf.models.modeling_siglip.SiglipModel"
+    assert report["registered"]["pipeline"]["zero-shot-image-classification"].startswith("siglip_hf.")
+    assert report["extras"]["dev"]["pytest"] == pytest.__version__
+    assert report["attention"]["eager"]["works"]
+    assert report["attention"]["sdpa"]["works"]
+    assert report["attention"]["sdpa"]["difference"] < 1e-4
+    assert report["speed"]["threads"] == torch.get_num_threads()
+    assert report["speed"]["dtype"] in ("float32", "bfloat16")
+    assert report["speed"]["notes"]
+    size = sum(file.stat().st_size for file in checkpoint.iterdir())
+    assert report["checkpoint"] == {"path": str(checkpoint), "bytes": size}
+    assert (code, report["problems"], err) == (0, [], "")
+
+
+def test_doctor_prints_tables(run, quick_doctor, checkpoint):
+    _, out, _ = run("doctor")
+    for text in ("versions", "hardware", "AutoModel siglip", "siglip-hf[search]", "sdpa", "works on", str(checkpoint)):
+        assert text in out, text
+
+
+def test_doctor_names_problems(run, quick_doctor, monkeypatch):
+    def missing():
+        raise OSError("it is gone")
+
+    monkeypatch.setattr(siglip_hf, "default_checkpoint", missing)
+    monkeypatch.setattr(doctor, "registered", lambda: {"AutoModel": {"siglip": "transformers.SiglipModel"}})
+    code, out, err = run("doctor", "--json")
+    assert code == 1
+    expected = [
+        "AutoModel gives transformers.SiglipModel for siglip",
+        "no embedded checkpoint: OSError: it is gone",
+    ]
+    assert json.loads(out)["problems"] == expected
+    assert err.splitlines() == [f"problem: {problem}" for problem in expected]
+
+
+def test_attention_that_gives_other_numbers_does_not_work(monkeypatch):
+    embeds = doctor._tiny_embeds
+    wrong = {"sdpa": 1.0}
+    monkeypatch.setattr(doctor, "_tiny_embeds", lambda name, *rest: embeds("eager", *rest) + wrong.get(name, 0.0))
+    report = doctor.attention(("eager", "sdpa"))
+    assert report["eager"]["works"]
+    assert not report["sdpa"]["works"]
+    assert "differs from eager" in report["sdpa"]["reason"]
