@@ -1,1 +1,1 @@
-"""Configurations, towers, the joint model and the classifier of both families, and how published weights become theirs."""
+"""Configurations, towers, the joint model and the classifier of both families, and the conversion of weights."""

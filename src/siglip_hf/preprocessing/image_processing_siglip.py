@@ -101,7 +101,8 @@ class SiglipImageProcessorBase(BaseImageProcessor):
 
         Args:
             images: what `siglip_hf.preprocessing.image_intake.load_pictures` takes: paths, URLs, bytes, files, PIL
-                images of any mode, arrays, tensors, and lists of these. It deals with orientation, transparency and bit depth.
+                images of any mode, arrays, tensors, and lists of these. It deals with orientation, transparency and
+                bit depth.
             do_resize: resize to `size`.
             size: `{"height": h, "width": w}` in pixels. An int is the shortest edge, as in stock.
             resample: filter, one of `PIL.Image.Resampling`.
