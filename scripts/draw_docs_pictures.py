@@ -13,7 +13,7 @@ from PIL import Image
 from siglip_hf.cli.main import main as siglip_hf
 
 ROOT = Path(__file__).parents[1]
-PICTURES = ROOT / "tests" / "fixtures" / "pictures"
+PICTURES = ROOT / "src" / "siglip_hf" / "apps" / "pictures"
 SHEET = ROOT / "docs" / "img" / "contact_sheet.png"
 WIDTH = 1100
 MAX_BYTES = 150_000

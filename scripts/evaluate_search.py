@@ -46,7 +46,7 @@ QUERIES = {
     "a guitar": "guitar",
     "an umbrella": "umbrella",
 }
-DEMO = Path(__file__).parents[1] / "tests" / "fixtures" / "pictures"
+DEMO = Path(__file__).parents[1] / "src" / "siglip_hf" / "apps" / "pictures"
 DEPTHS = (1, 3, 10)
 
 

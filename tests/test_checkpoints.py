@@ -15,7 +15,7 @@ import siglip_hf
 from siglip_hf.cli.main import main
 from siglip_hf.preprocessing.image_intake import load_picture
 
-PICTURES = Path(__file__).parent / "fixtures" / "pictures"
+PICTURES = Path(__file__).parents[1] / "src" / "siglip_hf" / "apps" / "pictures"
 LABELS = json.loads((PICTURES / "labels.json").read_text(encoding="utf-8"))
 FOLDER = Path(siglip_hf.default_checkpoint())
 NAFLEX = Path(siglip_hf.naflex_checkpoint())

@@ -10,7 +10,7 @@ import torch
 import siglip_hf
 from siglip_hf.training import SiglipTrainer, SiglipTrainingArguments
 
-PICTURES = Path(__file__).parent / "fixtures" / "pictures"
+PICTURES = Path(__file__).parents[1] / "src" / "siglip_hf" / "apps" / "pictures"
 
 
 def write_captioned(folder: Path, count: int = 10) -> Path:

@@ -90,6 +90,15 @@ class TestUploads:
         assert box.preprocess(gr.data_classes.ImageData(path="/nowhere/a.png")) == "/nowhere/a.png"
 
 
+def test_the_repository_has_no_symbolic_links():
+    """Copies and checkouts on Windows break them; the demo's pictures once were one."""
+    root = Path(__file__).parents[2]
+    assert [
+        path for room in ("src", "tests", "docs", "scripts") for path in (root / room).rglob("*") if path.is_symlink()
+    ] == []
+    assert len(page.demo_pictures()) == 24
+
+
 class TestHtml:
     def test_names_and_labels_are_escaped(self):
         evil = "<script>alert(1)</script>"

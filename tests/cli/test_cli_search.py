@@ -16,7 +16,7 @@ from siglip_hf.cli.main import main
 from siglip_hf.preprocessing.image_intake import load_picture
 
 ROOT = Path(__file__).parents[2]
-PICTURES = ROOT / "tests" / "fixtures" / "pictures"
+PICTURES = ROOT / "src" / "siglip_hf" / "apps" / "pictures"
 
 
 @pytest.fixture

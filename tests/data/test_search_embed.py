@@ -415,7 +415,7 @@ def test_texts(embed, checkpoint, tmp_path):
     result = embed(tmp_path / "captions.txt", tmp_path / "emb", fast=False, store_dtype="float32")
     assert (result.done, result.kept) == (1, 2)
     with pytest.raises(ValueError, match="kind='text', not 'image'"):
-        embed("tests/fixtures/pictures", tmp_path / "emb", store_dtype="float32")
+        embed("src/siglip_hf/apps/pictures", tmp_path / "emb", store_dtype="float32")
 
 
 def test_pictures_and_captions_of_one_table(embed, photos, tmp_path):

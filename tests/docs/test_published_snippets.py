@@ -15,7 +15,7 @@ import torch
 
 import siglip_hf
 
-PICTURE = Path(__file__).parents[1] / "fixtures" / "pictures" / "cat.png"
+PICTURE = Path(__file__).parents[2] / "src" / "siglip_hf" / "apps" / "pictures" / "cat.png"
 
 PIPELINE = """
 import torch

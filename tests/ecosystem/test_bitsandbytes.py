@@ -162,7 +162,7 @@ print(f"{probs[0][0]:.1%} that image 0 is '{candidate_labels[0]}'")
 
 def test_published_snippet_on_the_embedded_checkpoint(monkeypatch, capsys):
     """As published; the labels are ours, and the names and the picture are what the network would have given."""
-    picture = Path(__file__).parents[1] / "fixtures" / "pictures" / "cat.png"
+    picture = Path(__file__).parents[2] / "src" / "siglip_hf" / "apps" / "pictures" / "cat.png"
     requests = types.SimpleNamespace(get=lambda url, stream: types.SimpleNamespace(raw=picture.open("rb")))
     monkeypatch.setitem(sys.modules, "requests", requests)
     code = PUBLISHED_SNIPPET

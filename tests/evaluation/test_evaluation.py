@@ -30,7 +30,7 @@ from siglip_hf.inference.embedder import SiglipEmbedder
 from siglip_hf.inference.label_bank import parse_templates
 from siglip_hf.inference.prompt_templates import TEMPLATE_SETS, template_set
 
-PICTURES = Path(__file__).parents[1] / "fixtures" / "pictures"
+PICTURES = Path(__file__).parents[2] / "src" / "siglip_hf" / "apps" / "pictures"
 
 
 def _dense_recall(images: np.ndarray, texts: np.ndarray, owner: np.ndarray, k: int) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from siglip_hf.search import SiglipEmbedder, add_embeddings
 datasets = pytest.importorskip("datasets")
 pytest.importorskip("faiss")
 
-PICTURES = Path(__file__).parents[1] / "fixtures" / "pictures"
+PICTURES = Path(__file__).parents[2] / "src" / "siglip_hf" / "apps" / "pictures"
 LABELS = json.loads((PICTURES / "labels.json").read_text())
 
 
