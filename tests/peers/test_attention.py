@@ -130,7 +130,7 @@ def test_flash_attention_without_its_package_is_refused_by_name(model, version):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: pytest -m gpu tests/ecosystem")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: pytest -m gpu tests/peers")
 @pytest.mark.parametrize("version", [2, 3, 4])
 @torch.no_grad()
 def test_flash_attention(model, version):

@@ -1,4 +1,4 @@
-"""Tiny models with random weights that the ecosystem tests share."""
+"""Tiny models with random weights that the tests of other libraries share."""
 
 from __future__ import annotations
 

@@ -178,7 +178,7 @@ def test_a_new_classifier_on_an_offloaded_tower(checkpoint, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: pytest -m gpu tests/ecosystem")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: pytest -m gpu tests/peers")
 def test_two_gpus(checkpoint):
     footprint = tiny.joint_model().get_memory_footprint()
     model = AutoModel.from_pretrained(
