@@ -54,11 +54,11 @@ format: $(DEV) ## rewrite the code in the house format
 bench: $(DEV) ## compare with stock transformers and peers on this machine; prints ratios (an hour)
 	$(PIP) -e ".[bench]"
 	$(PIP) --no-deps open_clip_torch timm ftfy
-	for script in scripts/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out %/common.py,$(wildcard scripts/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 docs: $(DEV) ## build the documentation into site/ and check its links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	$(BIN)/python scripts/check_docs.py site
+	$(BIN)/python scripts/docs/check_links.py site
 
 clean: ## remove what the other targets made
 	rm -rf $(VENV) build dist site demo.png .pytest_cache .ruff_cache .mypy_cache src/*.egg-info

@@ -17,14 +17,14 @@ FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 
 
 def load_script(name: str):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / "docs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
-check_docs = load_script("check_docs")
+check_links = load_script("check_links")
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_builds_without_a_warning(build):
 
 
 def test_no_link_is_broken_and_nothing_comes_from_elsewhere(build):
-    assert check_docs.problems(build[1]) == []
+    assert check_links.problems(build[1]) == []
 
 
 def test_both_languages_are_there(build):
@@ -71,7 +71,7 @@ def test_broken_links_are_found(tmp_path):
         '<a href="https://example.org">ok</a><script src="https://example.org/x.js"></script><img src="p.png">'
     )
     (tmp_path / "sub" / "index.html").write_text('<p id="there"><a href="../index.html">ok</a><a href="#there">ok</a>')
-    assert check_docs.problems(tmp_path) == [
+    assert check_links.problems(tmp_path) == [
         "index.html: loads https://example.org/x.js from elsewhere",
         "index.html: sub/#gone names no place in that page",
         "index.html: none/ leads nowhere",

@@ -4,7 +4,7 @@ A page runs from top to bottom in a folder of its own; its snippets share their 
 a block is only read: it needs the network, a GPU, a browser or much time. After `<!-- output -->` a block is what the
 one before it prints. Published names stand for the embedded checkpoint here, or, where that is of another kind, for a
 tiny one of the kind; so do original weights and pictures, and two steps of training for many. Korean pages have no code
-of their own, see scripts/docs_hooks.py.
+of their own, see scripts/docs/hooks.py.
 
 After the embedded checkpoint or its scores have changed, `UPDATE_DOCS=1 pytest tests/test_docs_snippets.py` writes what
 is printed now into the pages.
@@ -220,6 +220,6 @@ def test_a_wrong_command_is_found():
     ):
         with pytest.raises(Exception, match=named):
             parse_command(wrong.split())
-    for wrong in ("make tset", "pip install siglip-hf[traning]", "python scripts/bench_loss.py --bach 3", "curl x"):
+    for wrong in ("make tset", "pip install siglip-hf[traning]", "python scripts/bench/loss.py --bach 3", "curl x"):
         with pytest.raises(AssertionError):
             run_command(wrong, read_only=False)

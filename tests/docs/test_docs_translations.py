@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_docs_site import load_script
 
-docs_hooks = load_script("docs_hooks")
+hooks = load_script("hooks")
 DOCS = Path(__file__).parents[2] / "docs"
 KOREAN = sorted(DOCS.rglob("*.ko.md"))
 LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -55,7 +55,7 @@ def english_of(page: Path) -> str:
 
 def numbers(text: str) -> set[str]:
     """Numbers in the prose and tables of a page, those in letters too."""
-    prose = re.sub(r"<!--.*?-->|\]\([^)]*\)|`[^`\n]*`", " ", docs_hooks.without_code(text))
+    prose = re.sub(r"<!--.*?-->|\]\([^)]*\)|`[^`\n]*`", " ", hooks.without_code(text))
     words = {IN_LETTERS[word] for word in re.findall(r"[a-z]+", prose.lower()) if word in IN_LETTERS}
     return {number.rstrip(",") for number in NUMBER.findall(prose)} | words
 
@@ -66,18 +66,18 @@ def test_there_are_korean_pages():
 
 @pytest.mark.parametrize("page", KOREAN, ids=lambda page: page.name)
 def test_has_each_block_once_in_order(page):
-    text, shared = page.read_text(), docs_hooks.parts(english_of(page))
+    text, shared = page.read_text(), hooks.parts(english_of(page))
     assert "```" not in text, "code belongs to the English page; write <!-- code: N -->"
-    placed = [(match["kind"], int(match["number"])) for match in docs_hooks.PLACEHOLDER.finditer(text)]
+    placed = [(match["kind"], int(match["number"])) for match in hooks.PLACEHOLDER.finditer(text)]
     assert [number for kind, number in placed if kind == "code"] == list(range(1, len(shared.code) + 1))
-    tables = len(docs_hooks.TABLE.findall(text)) + sum(kind == "table" for kind, _ in placed)
+    tables = len(hooks.TABLE.findall(text)) + sum(kind == "table" for kind, _ in placed)
     assert tables == len(shared.tables)
-    docs_hooks.translated(text, english_of(page))
+    hooks.translated(text, english_of(page))
 
 
 @pytest.mark.parametrize("page", KOREAN, ids=lambda page: page.name)
 def test_has_the_same_links_and_pictures(page):
-    assert sorted(LINK.findall(page.read_text())) == sorted(LINK.findall(docs_hooks.without_code(english_of(page))))
+    assert sorted(LINK.findall(page.read_text())) == sorted(LINK.findall(hooks.without_code(english_of(page))))
 
 
 @pytest.mark.parametrize("page", KOREAN, ids=lambda page: page.name)
@@ -90,11 +90,11 @@ def test_parts_come_from_the_english_page():
     korean += "\n- 항목\n\n  <!-- code: 2 -->\n\n## 둘\n"
     expected = ENGLISH.replace("# Top", "# 위 {#top}").replace("Some `code` here", "코드 {#some-code-here}")
     expected = expected.replace("## Same", "## 하나 {#same}", 1).replace("## Same", "## 둘 {#same_1}")
-    assert docs_hooks.translated(korean, ENGLISH) == expected.replace("item", "항목")
+    assert hooks.translated(korean, ENGLISH) == expected.replace("item", "항목")
 
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="code: 3"):
-        docs_hooks.translated("# a\n## b\n## c\n## d\n<!-- code: 3 -->\n", ENGLISH)
+        hooks.translated("# a\n## b\n## c\n## d\n<!-- code: 3 -->\n", ENGLISH)
     with pytest.raises(ValueError, match="2 headings"):
-        docs_hooks.translated("# a\n## b\n", ENGLISH)
+        hooks.translated("# a\n## b\n", ENGLISH)

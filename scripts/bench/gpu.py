@@ -4,9 +4,9 @@ so400m-patch14-384 and base-patch16-224 in bfloat16, random weights (the same in
 turns; the numbers are medians of CUDA's own clock. The product of two large matrices gives the rate that the last
 column is a share of. Aims: ours at least 1.2 times stock sdpa, and at least 55% of that rate.
 
-    python scripts/bench_gpu.py                                     # on a GPU; some minutes
-    python scripts/bench_gpu.py --flash                             # with flash-attn installed: stock's flash too
-    python scripts/bench_gpu.py --device cpu --layers 1 --batches 1 --rounds 1 --presets siglip-base-patch16-224
+    python scripts/bench/gpu.py                                     # on a GPU; some minutes
+    python scripts/bench/gpu.py --flash                             # with flash-attn installed: stock's flash too
+    python scripts/bench/gpu.py --device cpu --layers 1 --batches 1 --rounds 1 --presets siglip-base-patch16-224
                                                                     # that the script runs; its times mean nothing
 """
 

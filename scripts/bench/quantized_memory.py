@@ -4,7 +4,7 @@ The models are made without memory (on PyTorch's meta device) and their bytes co
 a byte per weight of a quantized layer and 4 bytes of scale per 64 of them, 2 bytes (bfloat16) for all else. Stock
 leaves the attention of the pooling head as it is: it has no plain `nn.Linear` there.
 
-    python scripts/report_quantized_memory.py [PRESET ...]
+    python scripts/bench/quantized_memory.py [PRESET ...]
 """
 
 from __future__ import annotations

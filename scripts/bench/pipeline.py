@@ -1,18 +1,16 @@
 """Zero-shot pipeline, ours against stock: many labels, a few pictures, at the shapes of base-patch16-224.
 
 Random weights, the same in both. Stock means the classes of transformers by their own modules: model, slow tokenizer,
-Pillow image processor and pipeline. Run: python scripts/bench_pipeline.py
+Pillow image processor and pipeline. Run: python scripts/bench/pipeline.py
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,9 +23,9 @@ from transformers.models.siglip.tokenization_siglip import SiglipTokenizer as St
 from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline as StockPipeline
 
 import siglip_hf
+from common import SPIECE, machine
 
 TASK = "zero-shot-image-classification"
-SPIECE = Path(__file__).parents[1] / "tests" / "fixtures" / "spiece.model"
 
 
 def main() -> None:
@@ -119,18 +117,6 @@ def largest_difference(one: list[Any], other: list[Any]) -> float:
         scores = {result["label"]: result["score"] for result in right}
         worst = max(worst, *(abs(result["score"] / scores[result["label"]] - 1) for result in left))
     return worst
-
-
-def machine(device: str) -> str:
-    """CPU, cores and library versions in words."""
-    name = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    if device.startswith("cuda"):
-        name = f"{torch.cuda.get_device_name()}, {name}"
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{name}, {torch.get_num_threads()} threads, {versions}"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Both the embedded checkpoint and base-patch16-224 (random weights). The bound is the slower of the tower alone and the
 decoding alone. Where both run on the same cores (no GPU), what can be reached at best is less: the time of a picture is
-then the sum of both. Run: python scripts/bench_embed.py
+then the sum of both. Run: python scripts/bench/embed.py
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 import siglip_hf
-from bench_pipeline import SPIECE, machine
+from common import SPIECE, machine
 from siglip_hf.data.embed import embed_items, embed_source, items_of
 from siglip_hf.data.sources import open_source
 from siglip_hf.inference.embedder import SiglipEmbedder

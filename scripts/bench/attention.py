@@ -3,24 +3,22 @@
 Blocks of the tower are alike, so a few of them (`--layers`) show the ratios of the whole. Random weights, the same for
 all; outputs are compared before anything is timed. Contestants take turns; the numbers are medians. On a GPU:
 
-    python scripts/bench_attention.py --device cuda --preset siglip-so400m-patch14-384 --layers 27 --dtype float16
+    python scripts/bench/attention.py --device cuda --preset siglip-so400m-patch14-384 --layers 27 --dtype float16
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib.util
-import platform
-import statistics
-import time
 from pathlib import Path
 
 import torch
-import transformers
 from transformers.models.siglip.configuration_siglip import SiglipVisionConfig as StockConfig
 from transformers.models.siglip.modeling_siglip import SiglipVisionModel as StockModel
 
+from common import in_turn, machine
 from siglip_hf import SiglipConfig, SiglipVisionModel
 
 # Names of the contestants, in the order of the plot; speed-ups are over the first.
@@ -62,15 +60,6 @@ def tokens(tower: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     return tower(pixels).last_hidden_state
 
 
-def seconds(tower: torch.nn.Module, pixels: torch.Tensor) -> float:
-    """Wall-clock seconds of a forward."""
-    start = time.perf_counter()
-    tokens(tower, pixels)
-    if pixels.is_cuda:
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
 @torch.inference_mode()
 def measure(towers: dict[str, torch.nn.Module], options: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds per picture of each contestant, for each batch size."""
@@ -79,13 +68,13 @@ def measure(towers: dict[str, torch.nn.Module], options: argparse.Namespace) -> 
     for batch_size in options.batch_sizes:
         pixels = torch.randn(batch_size, 3, side, side, device=options.device, dtype=getattr(torch, options.dtype))
         expected = tokens(towers[STOCK], pixels).float()
-        for name, tower in towers.items():  # warms up, too
+        for name, tower in towers.items():
             error = (tokens(tower, pixels).float() - expected).abs().max().item()
             if error > options.tolerance:
                 raise SystemExit(f"{name} differs from {STOCK} by {error:.2g}, more than {options.tolerance:.2g}")
-        rounds = [{name: seconds(tower, pixels) for name, tower in towers.items()} for _ in range(options.rounds)]
-        for name, values in per_picture.items():
-            values.append(statistics.median(times[name] for times in rounds) / batch_size)
+        calls = {name: functools.partial(tokens, tower, pixels) for name, tower in towers.items()}
+        for name, spent in in_turn(calls, options.rounds, device=options.device).items():
+            per_picture[name].append(spent / batch_size)
     return per_picture
 
 
@@ -112,19 +101,6 @@ def plot(per_picture: dict[str, list[float]], options: argparse.Namespace, path:
     times.legend()
     figure.suptitle(f"{options.preset}, image tower, blocks: {options.layers}, {options.dtype}")
     figure.savefig(path, dpi=110)
-
-
-def machine(device: str) -> str:
-    """Device and versions in words."""
-    name = platform.processor() or platform.machine()
-    if (cpuinfo := Path("/proc/cpuinfo")).exists():
-        lines = cpuinfo.read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    if device.startswith("cuda"):
-        name = f"{torch.cuda.get_device_name()}, {name}"
-    return (
-        f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, transformers {transformers.__version__}"
-    )
 
 
 def main() -> None:

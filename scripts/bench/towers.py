@@ -4,10 +4,10 @@ Base-patch16-224, random weights (the same in stock, ours and the exported model
 take turns, so that the machine's moods hit all alike; the numbers are medians. The limit is what the tower's products
 alone would allow, at the highest rate measured here for one of them. The ratios are printed last.
 
-    python scripts/bench_towers.py                                   # the towers; a table
-    python scripts/bench_towers.py --compile --plot docs/img/towers.svg --json docs/img/towers.json
-    python scripts/bench_towers.py --memory                          # peak memory of loading and of inference
-    python scripts/bench_towers.py --profile                         # where the time of the optimized tower goes
+    python scripts/bench/towers.py                                   # the towers; a table
+    python scripts/bench/towers.py --compile --plot docs/img/towers.svg --json docs/img/towers.json
+    python scripts/bench/towers.py --memory                          # peak memory of loading and of inference
+    python scripts/bench/towers.py --profile                         # where the time of the optimized tower goes
 
 Needs `pip install "siglip-hf[export]" openvino`, and open_clip and timm without their dependencies (they import
 torchvision for training, for which a stand-in serves here): `pip install --no-deps open_clip_torch timm ftfy`.
@@ -22,7 +22,6 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -39,9 +38,11 @@ from rich.table import Table
 from transformers.models.siglip.modeling_siglip import SiglipModel as StockModel
 
 import siglip_hf
+from common import machine
 from siglip_hf.inference.optimize.packed import PackedLinear
 
 PRESET = "siglip-base-patch16-224"
+PEERS = ("torch", "transformers", "openvino", "onnxruntime", "open_clip_torch", "timm")
 VOCABULARY = 1000  # its size costs memory, not time
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 LIMIT = "limit of the products"
@@ -382,19 +383,6 @@ def print_profile(dtype: torch.dtype, batch: int) -> None:
     Console(width=100).print(table)
 
 
-def machine() -> str:
-    """CPU, threads and versions in words."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    versions = [f"torch {torch.__version__}"]
-    for name in ("transformers", "openvino", "onnxruntime", "open_clip_torch", "timm"):
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            versions.append(f"no {name}")
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads, {', '.join(versions)}"
-
-
 def main() -> None:
     """Parses the options, measures and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -417,7 +405,7 @@ def main() -> None:
         global clock
         clock, options.threads = time.process_time, 1
     torch.set_num_threads(options.threads)
-    print(machine())
+    print(machine(packages=PEERS))
     if options.memory:
         return print_memory(options.threads)
     if options.profile:
@@ -432,7 +420,7 @@ def main() -> None:
         rows = [row for row in kept if tuple(row[key] for key in identity) not in fresh] + rows
         rows.sort(key=lambda row: (row["tower"], row["dtype"], row["batch"]))
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({"machine": machine(packages=PEERS), "rows": rows}, indent=1) + "\n")
     if options.plot:
         plot(rows, options.plot)
     print_tables(rows)

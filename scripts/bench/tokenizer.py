@@ -1,6 +1,6 @@
 """Texts to padded tensors: stock transformers, this package's two tokenizers, and SentencePiece alone.
 
-    python scripts/bench_tokenizer.py [--texts 5000] [--model path/to/spiece.model]
+    python scripts/bench/tokenizer.py [--texts 5000] [--model path/to/spiece.model]
 
 All run in turn in one process; times are medians. Without `--model` a vocabulary of 32,000 pieces, the size of the
 published English one, is trained on made-up text first (half a minute).
@@ -9,20 +9,15 @@ published English one, is trained on made-up text first (half a minute).
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import random
-import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import sentencepiece as spm
 import torch
-import transformers
 from transformers.models.siglip.tokenization_siglip import SiglipTokenizer as StockTokenizer
 
+from common import in_turn, machine
 from siglip_hf import SiglipTokenizer, SiglipTokenizerFast
 
 VOCABULARY = 32_000
@@ -64,25 +59,6 @@ def train(path: Path, words: list[str], rng: random.Random) -> None:
     )  # fmt: skip
 
 
-def medians(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Returns the median seconds of each run; all take turns, so that a slow moment hits all."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if repeat:  # the first turn warms up
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
-
-
-def cpu_name() -> str:
-    """Returns the name of this machine's processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=5000)
@@ -106,7 +82,7 @@ def main() -> None:
         if not torch.equal(ours(captions, **options)["input_ids"], expected):
             raise SystemExit(f"{type(ours).__name__} gives other ids than stock.")
 
-    times = medians(
+    times = in_turn(
         {
             "stock SiglipTokenizer": lambda: stock(captions, **options),
             "our SiglipTokenizer": lambda: slow(captions, return_tensors="pt"),
@@ -115,8 +91,7 @@ def main() -> None:
         },
         arguments.repeats,
     )
-    cpu = cpu_name()
-    print(f"{cpu}, {os.cpu_count()} cores; torch {torch.__version__}, transformers {transformers.__version__}")
+    print(machine())
     tokens = sum(map(len, slow.sp_model.encode(cleaned))) / len(cleaned)
     print(
         f"{len(captions)} captions of {tokens:.1f} tokens, {slow.vocab_size} pieces, to ({len(captions)}, 64) tensors\n"

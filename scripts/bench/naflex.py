@@ -11,20 +11,15 @@ from __future__ import annotations
 
 import argparse
 import math
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 from transformers.models.siglip2.configuration_siglip2 import Siglip2VisionConfig as StockConfig
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.siglip2.modeling_siglip2 import Siglip2VisionModel as StockModel
 
+from common import in_turn, machine, noise_picture
 from siglip_hf import (
     NAFLEX_PRESETS,
     Siglip2ImageProcessor,
@@ -55,32 +50,6 @@ SIZES = (
 )
 
 
-def cpu_name() -> str:
-    """The CPU's model as Linux knows it, else what Python knows."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def make_pictures() -> list[Image.Image]:
-    """Blurred noise of the sizes."""
-    rng = np.random.default_rng(0)
-    noise = (Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in SIZES)
-    return [image.filter(ImageFilter.GaussianBlur(1.5)) for image in noise]
-
-
-def medians(contestants: dict[str, Callable[[], Any]], rounds: int, warm_up: int) -> dict[str, float]:
-    """Median seconds of each, taken in turn, after some rounds to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds + warm_up):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[warm_up:]) for name, times in seconds.items()}
-
-
 def bench_processors(pictures: list[Image.Image], budget: int, rounds: int) -> None:
     """Pictures to patches with one budget, as stock can."""
     stock, slow, fast = Siglip2ImageProcessorPil(), Siglip2ImageProcessor(), Siglip2ImageProcessorFast()
@@ -88,7 +57,7 @@ def bench_processors(pictures: list[Image.Image], budget: int, rounds: int) -> N
     reference = stock(pictures, **options)["pixel_values"]
     assert torch.equal(slow(pictures, **options)["pixel_values"], reference)
     assert (fast(pictures, **options)["pixel_values"] - reference).abs().max() < 1.001 / 127.5
-    times = medians(
+    times = in_turn(
         {
             "stock": lambda: stock(pictures, **options),
             "slow": lambda: slow(pictures, **options),
@@ -134,7 +103,7 @@ def bench_forward(pictures: list[Image.Image], budget: int, layers: int, rounds:
     def stock_positions() -> torch.Tensor:
         return stock_embeddings.resize_positional_embeddings(table, inputs["spatial_shapes"], length)
 
-    times = medians(
+    times = in_turn(
         {
             "stock": lambda: stock(**inputs),
             "padded": lambda: ours(**inputs),
@@ -143,7 +112,7 @@ def bench_forward(pictures: list[Image.Image], budget: int, layers: int, rounds:
         rounds,
         warm_up=1,
     )
-    resize = medians({"stock": stock_positions, "ours": our_positions}, 10 * rounds, warm_up=2)
+    resize = in_turn({"stock": stock_positions, "ours": our_positions}, 10 * rounds, warm_up=2)
     patches = int(inputs["pixel_attention_mask"].sum())
     whole = 12 / layers  # the forward of the whole model, of which positions are a part
     print(f"\nforward, base width, {layers} of 12 blocks, {len(pictures)} pictures of {min(budgets)} to {max(budgets)}")
@@ -164,8 +133,9 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{cpu_name()}, {options.threads} thread(s), torch {torch.__version__}")
-    pictures = make_pictures()
+    print(machine())
+    rng = np.random.default_rng(0)
+    pictures = [noise_picture(rng, width, height) for height, width in SIZES]
     for budget in (256, options.budget):
         bench_processors(pictures, budget, options.rounds)
     bench_forward(pictures, options.budget, options.layers, options.rounds)

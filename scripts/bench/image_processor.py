@@ -15,57 +15,21 @@ import functools
 import importlib.util
 import io
 import os
-import platform
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFilter
-from PIL import __version__ as pillow_version
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from common import in_turn, machine, noise_picture, to_jpeg
 from siglip_hf import SiglipImageProcessor, SiglipImageProcessorFast
 
 OURS = "siglip_hf (torch)"
-
-
-def cpu_name() -> str:
-    """The CPU's model as Linux knows it, else what Python knows."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def make_pictures(count: int, width: int, height: int) -> list[Image.Image]:
-    """Blurred noise: as detailed as a photograph, so that the JPEG decoder has its usual work."""
-    rng = np.random.default_rng(0)
-    noise = (Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)) for _ in range(count))
-    return [image.filter(ImageFilter.GaussianBlur(1.5)) for image in noise]
-
-
-def to_jpeg(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=90)
-    return buffer.getvalue()
-
-
-def medians(contestants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, taken in turn; the first two rounds only warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds + 2):
-        for name, run in contestants.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[2:]) for name, times in seconds.items()}
 
 
 def main() -> None:
@@ -79,7 +43,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
-    pictures = make_pictures(options.batch, options.width, options.height)
+    rng = np.random.default_rng(0)
+    pictures = [noise_picture(rng, options.width, options.height) for _ in range(options.batch)]
     files = [to_jpeg(picture) for picture in pictures]
     size = {"height": options.size, "width": options.size}
     stock, slow, fast = (
@@ -108,13 +73,13 @@ def main() -> None:
     contestants["siglip_hf (Pillow)"] = lambda sources: slow(sources, return_tensors="pt")["pixel_values"]
     contestants[OURS] = lambda sources: fast(sources, return_tensors="pt")["pixel_values"]
 
-    print(f"{cpu_name()}, {options.threads} thread(s), torch {torch.__version__}, Pillow {pillow_version}")
+    print(machine(packages=("torch", "transformers", "pillow", "hf-processors-rs")))
     table = Table(
         *("", "PIL, ms", "over ours", "JPEG, ms", "over ours", "differs by"),
         title=f"{options.batch} pictures of {options.width} x {options.height} to {options.size}; ms per picture",
     )
     from_pil, from_jpeg = (
-        medians({name: functools.partial(run, sources) for name, run in contestants.items()}, options.rounds)
+        in_turn({name: functools.partial(run, sources) for name, run in contestants.items()}, options.rounds, warm_up=2)
         for sources in (pictures, files)
     )
     for name, run in contestants.items():

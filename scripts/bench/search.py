@@ -1,7 +1,7 @@
 """Build time, memory, latency and recall of an index of synthetic clustered vectors.
 
-    python scripts/bench_search.py                                   # 1,000,000 x 768, the kind that is chosen
-    python scripts/bench_search.py --count 100000 --kind hnsw        # another size, a kind of one's own choice
+    python scripts/bench/search.py                                   # 1,000,000 x 768, the kind that is chosen
+    python scripts/bench/search.py --count 100000 --kind hnsw        # another size, a kind of one's own choice
 
 Vectors lie around random centres, as pictures of many kinds do; queries are drawn from the same and are not in the
 index. Building and searching are processes of their own; memory is the most that was resident in each, mapped pages of

@@ -1,6 +1,6 @@
 """Draws the pictures of README.md and docs/ anew: the demo's contact sheet. Run after the embedded checkpoint changes.
 
-The plot of docs/siglip.md is drawn by scripts/bench_attention.py. Run: python scripts/draw_docs_pictures.py
+The plot of docs/siglip.md is drawn by scripts/bench/attention.py. Run: python scripts/docs/draw_pictures.py
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from PIL import Image
 
 from siglip_hf.cli.main import main as siglip_hf
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PICTURES = ROOT / "src" / "siglip_hf" / "apps" / "pictures"
 SHEET = ROOT / "docs" / "img" / "contact_sheet.png"
 WIDTH = 1100

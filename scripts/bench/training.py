@@ -1,7 +1,7 @@
 """Training with the sigmoid loss across processes and micro-batches: transformers, open_clip and this package.
 
-    python scripts/bench_training.py                       # 2 and 4 processes, 64 x 64 against 4,096 at once
-    python scripts/bench_training.py --batch 256 --micro-batches 8 --micro-size 16      # a quick look
+    python scripts/bench/training.py                       # 2 and 4 processes, 64 x 64 against 4,096 at once
+    python scripts/bench/training.py --batch 256 --micro-batches 8 --micro-size 16      # a quick look
 
 Needs the loss of open_clip: pip install --no-deps open_clip_torch. Errors are relative to the plain formula of the
 whole batch in float64. Peak memory is the most that was resident in a process above its inputs.
@@ -25,7 +25,8 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench_loss import machine, resident, transformers_loss
+from common import machine, resident
+from loss import transformers_loss
 from siglip_hf import SiglipConfig, SiglipModel
 from siglip_hf.losses.sigmoid import sigmoid_loss
 from siglip_hf.training import cached_backward

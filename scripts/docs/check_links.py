@@ -1,7 +1,7 @@
 """Looks through the built documentation for what would fail on a page: broken internal links, and outside resources.
 
 A link is broken if its file, or the anchor in it, is not there. Pages must work with no network, so their scripts,
-styles and pictures are files of their own. Run: python scripts/check_docs.py site
+styles and pictures are files of their own. Run: python scripts/docs/check_links.py site
 """
 
 from __future__ import annotations

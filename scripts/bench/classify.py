@@ -5,7 +5,7 @@ The bare tower gets ready pixels in batches of the same size. Target: at least 9
 are encoded once; the table has the first call too). Then what a JPEG decoded at half or quarter size (`draft`) would
 save, and how far it moves the embeddings of the embedded checkpoint.
 
-    python scripts/bench_classify.py
+    python scripts/bench/classify.py
 """
 
 from __future__ import annotations
@@ -14,10 +14,7 @@ import argparse
 import io
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,15 +23,9 @@ from rich.console import Console
 from rich.table import Table
 
 import siglip_hf
-from bench_pipeline import build, machine
+from common import machine, seconds, to_jpeg
+from pipeline import build
 from siglip_hf.inference.classify import classify_files
-
-
-def seconds(run: Callable[[], Any]) -> float:
-    """Wall-clock time of a call."""
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 def make_picture(seed: int, size: tuple[int, int] = (640, 427)) -> Image.Image:
@@ -90,9 +81,7 @@ def effect_of_draft(count: int) -> None:
     processor = siglip_hf.SiglipProcessor.from_pretrained(siglip_hf.default_checkpoint())
     files = []
     for number in range(count):
-        buffer = io.BytesIO()
-        make_picture(number).save(buffer, "JPEG", quality=90)
-        files.append(buffer.getvalue())
+        files.append(to_jpeg(make_picture(number)))
 
     def decode(data: bytes, least: int | None) -> Image.Image:
         image = Image.open(io.BytesIO(data))

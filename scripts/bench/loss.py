@@ -1,10 +1,10 @@
 """Time and peak memory of the sigmoid loss, forward and backward, against the dense formulas.
 
-    python scripts/bench_loss.py                              # B = 8,192, D = 768, fp32 on the CPU
-    python scripts/bench_loss.py --batch 32768                # forms that do not fit in memory are left out
-    python scripts/bench_loss.py --processes 1 2 4 --batch 2048   # memory of the ring per process (batch per process)
-    python scripts/bench_loss.py --device cuda --dtype bfloat16 --batch 65536 --repeats 20   # and siglip-kernel
-    python scripts/bench_loss.py --device cuda --dtype bfloat16 --batch 1048576               # the paper's extreme
+    python scripts/bench/loss.py                              # B = 8,192, D = 768, fp32 on the CPU
+    python scripts/bench/loss.py --batch 32768                # forms that do not fit in memory are left out
+    python scripts/bench/loss.py --processes 1 2 4 --batch 2048   # memory of the ring per process (batch per process)
+    python scripts/bench/loss.py --device cuda --dtype bfloat16 --batch 65536 --repeats 20   # and siglip-kernel
+    python scripts/bench/loss.py --device cuda --dtype bfloat16 --batch 1048576               # the paper's extreme
 
 Each run is a process of its own, the forms in turn. Peak memory is the most that was resident (on a GPU: allocated)
 during forward and backward, above what it was with the inputs alone.
@@ -16,7 +16,6 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
+from common import machine, resident
 from siglip_hf.losses.sigmoid import sigmoid_loss
 
 Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -64,12 +64,6 @@ if torch.cuda.is_available() and importlib.util.find_spec("siglip_kernel"):
 _DENSE = ("transformers", "open_clip")
 # Matrices of B x B elements that are alive at once in the dense forms, for the guess whether one fits.
 _DENSE_MATRICES = 7
-
-
-def resident() -> tuple[int, int]:
-    """Resident memory of this process now, and the most since the last reset, in bytes."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["VmRSS"].split()[0]) * 1024, int(fields["VmHWM"].split()[0]) * 1024
 
 
 def measure(form: Loss, batch: int, width: int, device: str, dtype: torch.dtype, repeats: int) -> dict[str, float]:
@@ -120,18 +114,6 @@ def ring_worker(rank: int, world: int, folder: str, options: argparse.Namespace)
     Path(folder, f"{rank}.json").write_text(json.dumps(result))
     dist.barrier()
     dist.destroy_process_group()
-
-
-def machine(device: str) -> str:
-    """CPU or GPU model, cores and version of torch."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if device != "cpu":
-        name = torch.cuda.get_device_name()
-    elif cpuinfo.exists():
-        models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        name = models[0] if models else name
-    return f"{name}, {os.cpu_count()} cores, torch {torch.__version__}"
 
 
 def fits(batch: int, device: str, dtype: torch.dtype) -> bool:
