@@ -315,6 +315,8 @@ def test_packing_can_be_undone_to_the_bit(model, monkeypatch, dtype):
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state[name])
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trained
+    storages = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert len(storages) == len(state)  # savers drop tensors that share storage
 
 
 def test_bfloat16_falls_back_to_float32(model, monkeypatch):

@@ -192,7 +192,7 @@ def _split_published(module: nn.Module, state_dict: dict[str, Any], prefix: str,
         joined = state_dict.pop(f"{prefix}in_proj_{kind}", None)
         if joined is not None:
             for name, part in zip(("q_proj", "k_proj", "v_proj"), joined.chunk(3), strict=True):
-                state_dict[f"{prefix}{name}.{kind}"] = part
+                state_dict[f"{prefix}{name}.{kind}"] = part.clone()  # `assign=True` makes it the parameter
 
 
 class SiglipMLP(nn.Module):

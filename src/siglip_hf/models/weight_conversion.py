@@ -55,6 +55,11 @@ class ProjectionsConverter(WeightConverter):
 class SplitProjections(Chunk):
     """Splits a packed projection along its rows; saving packs it again, unless it has been quantized."""
 
+    @torch.no_grad()
+    def convert(self, input_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        """Maps the packed tensor to its parts, each with memory of its own: savers drop tensors that share it."""
+        return {name: part.clone() for name, part in super().convert(input_dict, *args, **kwargs).items()}
+
     @property
     def reverse_op(self) -> ConversionOps:
         """The operation for saving."""

@@ -173,7 +173,9 @@ class PackedEncoderLayer(SiglipEncoderLayer):
         """Gives a block whose linear layers were moved to the meta device their weights back."""
         tensors = [packed.unpack() for packed in (self.qkv, self.out, self.fc1, self.fc2)]
         (weight, bias), *others = tensors
-        restored = [*zip(weight.chunk(3), bias.chunk(3), strict=True), *others]
+        # Clones, since savers refuse parameters that share storage.
+        parts = [[part.clone() for part in tensor.chunk(3)] for tensor in (weight, bias)]
+        restored = [*zip(*parts, strict=True), *others]
         for linear, (weight, bias) in zip(_linears(block), restored, strict=True):
             linear.weight = nn.Parameter(weight, linear.weight.requires_grad)
             linear.bias = nn.Parameter(bias, linear.bias.requires_grad)
