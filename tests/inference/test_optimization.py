@@ -11,7 +11,7 @@ import transformers.activations
 import siglip_hf
 import tiny
 import tiny_siglip2
-from siglip_hf import optimization, packed
+from siglip_hf.inference.optimize import optimization, packed
 from siglip_hf.inference.optimize.packed import PackedEncoderLayer, is_packable
 
 pytestmark = pytest.mark.skipif(
