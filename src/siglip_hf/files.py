@@ -1,12 +1,149 @@
-"""Output folders that appear whole or not at all: written beside their place, then renamed into it."""
+"""Files that are whole or not there: one lock, one way to write a file or a folder, one checksum, one JSON reader."""
 
 from __future__ import annotations
 
+import errno
+import glob
+import hashlib
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+_BLOCK = 1 << 22
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, or the largest file allowed
+
+
+def sha256(parts: Iterable[Any]) -> str:
+    """SHA-256 of some bytes (or other buffers) after each other, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def sha256_of_files(paths: Iterable[str | os.PathLike[str]]) -> str:
+    """SHA-256 of the contents of files after each other.
+
+    Raises:
+        OSError: if one cannot be read.
+    """
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def parse_json(text: str | bytes) -> Any:
+    """What a JSON text says.
+
+    Raises:
+        ValueError: if it is not JSON, not UTF-8, or nested deeper than Python can follow.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+@contextmanager
+def only_run(folder: str | os.PathLike[str], lock: str | os.PathLike[str] | None = None) -> Iterator[None]:
+    """Holds the right to write to a folder until the block ends, or the process does.
+
+    Args:
+        folder: what is written; named in the error.
+        lock: the file to lock; ".lock" inside the folder by default, which is made if it is missing. It stays.
+
+    Raises:
+        OSError: if another run holds it, or the file cannot be made.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = Path(folder, ".lock") if lock is None else Path(lock)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock)
+    try:
+        held.acquire(timeout=0)
+    except Timeout as error:
+        raise OSError(f"another run is writing to {folder}; wait for it to end, or give another folder.") from error
+    try:
+        yield
+    finally:
+        held.release()
+
+
+@contextmanager
+def new_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Path]:
+    """Gives a path to write to, beside `path`; the file takes its place when the block ends without an error.
+
+    Args:
+        path: the place. Whatever is there stays as it is until the new file is whole.
+        sync: have the content on the disk before; without it, a crash of the machine may leave a damaged file.
+
+    Yields:
+        The path to write to. It is removed if the block raises.
+
+    Raises:
+        OSError: naming the folder, for example if the disk is full.
+    """
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        with _name_full_disk(path.parent):
+            yield partial
+            if sync:
+                with open(partial, "rb+") as file:
+                    os.fsync(file.fileno())
+            partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | os.PathLike[str], content: Any, *, indent: int | None = 1) -> None:
+    """Writes a JSON file, whole or not at all.
+
+    Raises:
+        OSError: see `new_file`.
+    """
+    with new_file(path) as partial:
+        partial.write_text(json.dumps(content, ensure_ascii=False, indent=indent) + "\n", encoding="utf-8")
+
+
+def write_sealed_json(path: str | os.PathLike[str], content: dict[str, Any]) -> None:
+    """Writes a JSON object with one more field, `checksum`, by which `read_sealed_json` finds any damage.
+
+    Raises:
+        OSError: see `new_file`.
+    """
+    text = json.dumps({**content, "checksum": ""}, ensure_ascii=False, indent=1) + "\n"
+    head, tail = text.rsplit('""', 1)
+    with new_file(path) as partial:
+        partial.write_bytes(f'{head}"{sha256([text.encode()])}"{tail}'.encode())
+
+
+def read_sealed_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object that `write_sealed_json` wrote, `checksum` included; one without a checksum is not verified.
+
+    Raises:
+        OSError: if the file cannot be read.
+        ValueError: if it is no JSON object, or not as it was written.
+    """
+    text = Path(path).read_bytes().decode("utf-8")
+    content = parse_json(text)
+    if not isinstance(content, dict):
+        raise ValueError("it does not hold an object")
+    if "checksum" in content:
+        checksum = str(content["checksum"])
+        head, _, tail = text.rpartition(f'"{checksum}"')
+        if sha256([f'{head}""{tail}'.encode()]) != checksum:
+            raise ValueError("its checksum is not that of its content")
+    return content
 
 
 def check_output_folder(folder: str | os.PathLike[str], *, overwrite: bool, marker: str) -> None:
@@ -25,7 +162,7 @@ def check_output_folder(folder: str | os.PathLike[str], *, overwrite: bool, mark
             )
         if not (folder / marker).is_file():
             # The folder is replaced as a whole, and this one may hold anything: a mistyped path must not cost a home.
-            raise ValueError(f"{folder} has no {marker}, so it is none of ours to replace; give another folder")
+            raise ValueError(f"{folder} has no {marker}, so this package did not write it; give another folder")
 
 
 @contextmanager
@@ -42,22 +179,51 @@ def new_folder(folder: str | os.PathLike[str], *, overwrite: bool, marker: str) 
 
     Raises:
         ValueError: See `check_output_folder`.
+        OSError: naming the folder, for example if the disk is full.
     """
     check_output_folder(folder, overwrite=overwrite, marker=marker)
     folder = Path(folder).absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
-    partial.mkdir()
     try:
-        yield partial
-        check_output_folder(folder, overwrite=overwrite, marker=marker)  # someone may have written meanwhile
-        if folder.exists():
-            folder.rename(replaced)
-        partial.rename(folder)
+        with _name_full_disk(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial.mkdir()
+            yield partial
+            check_output_folder(folder, overwrite=overwrite, marker=marker)  # someone may have written meanwhile
+            if folder.exists():
+                folder.rename(replaced)
+            partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         if replaced.exists() and not folder.exists():
             replaced.rename(folder)
         raise
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def clear_remains(folder: str | os.PathLike[str]) -> None:
+    """Finishes or removes what `new_folder` left when its process was killed; only while no other run writes there."""
+    folder = Path(folder).absolute()
+    for kept in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.replaced-*")):
+        if folder.exists():
+            shutil.rmtree(kept)
+        else:
+            kept.rename(folder)
+    for partial in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
+        shutil.rmtree(partial)
+
+
+@contextmanager
+def _name_full_disk(folder: Path) -> Iterator[None]:
+    """An error of the system that the disk is full gets the folder's name and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise OSError(
+            error.errno,
+            f"cannot write to {folder} ({os.strerror(error.errno)}); what was done before is safe. Make room, and run "
+            "the same command again: it goes on from there.",
+        ) from error

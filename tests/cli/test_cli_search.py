@@ -165,7 +165,7 @@ def test_duplicates_and_clusters(run, demo):
         ("index empty --out new", "empty is empty: it holds no picture"),
         ("index nowhere --out new", "nowhere: no such file or folder"),
         ("index pictures --out file", "file is a file"),
-        ("index pictures --out pictures --overwrite", "none of ours to replace"),
+        ("index pictures --out pictures --overwrite", "this package did not write it"),
         ("index pictures --out new --kind best", "'best' is no kind of index"),
         ("index pictures --out new --memory lots", "'lots' is no amount of memory"),
         ("index pictures --out new --update --overwrite", "either built anew or updated"),

@@ -332,7 +332,7 @@ def test_the_disk_is_full(embed, photos, tmp_path, monkeypatch):
 
 def test_one_run_at_a_time(embed, photos, tmp_path):
     embed(photos, tmp_path / "emb")
-    message = rf"another run \(process {os.getpid()}\) is writing to .*emb"
+    message = r"another run is writing to .*emb"
     with (
         EmbeddingWriter(tmp_path / "emb", Manifest.read(tmp_path / "emb")),
         pytest.raises(OSError, match=message),

@@ -310,7 +310,7 @@ def test_vectors_of_another_model_do_not_mix(built, tmp_path, origin, message):
 
 
 def test_one_run_at_a_time(tmp_path):
-    with FileLock(tmp_path / ".idx.lock"), pytest.raises(ValueError, match="another run is writing"):
+    with FileLock(tmp_path / ".idx.lock"), pytest.raises(OSError, match="another run is writing"):
         build_index(ORIGIN, blocks(range(10), VECTORS), tmp_path / "idx")
     build_index(ORIGIN, blocks(range(10), VECTORS), tmp_path / "idx")
 

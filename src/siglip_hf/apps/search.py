@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import tempfile
 import time
@@ -14,6 +13,7 @@ from PIL import Image
 
 from siglip_hf._version import __version__
 from siglip_hf.apps import page
+from siglip_hf.files import sha256
 from siglip_hf.preprocessing.image_intake import PictureError, load_picture
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def demo_index(on_progress: Callable[[str], None] = lambda stage: None) -> str:
     from siglip_hf.search.index_source import index_source
 
     # An index holds absolute paths and belongs to one model: another version or place of the package needs its own.
-    key = hashlib.sha256(f"{__version__} {page.demo_folder()} {default_checkpoint()}".encode()).hexdigest()[:12]
+    key = sha256([f"{__version__} {page.demo_folder()} {default_checkpoint()}".encode()])[:12]
     out = page.cache_folder() / f"demo-{key}.idx"
     try:
         IndexFolder(out)

@@ -6,7 +6,6 @@ goes on as if nothing had happened (see `store`).
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import time
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from PIL import Image
 
+from siglip_hf.files import sha256
 from siglip_hf.preprocessing.image_intake import LARGE_JPEG_PIXELS, load_picture, read_bytes
 from siglip_hf.parallel import prefetch
 from siglip_hf.data import store
@@ -49,7 +49,7 @@ class Item(NamedTuple):
         """What changes when the content does, without reading it; None if nothing tells."""
         image = self.record.image
         if self.text is not None:
-            return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+            return sha256([self.text.encode()])[:16]
         if isinstance(image, DatasetCell):
             return getattr(image.dataset, "_fingerprint", None)
         try:
@@ -316,9 +316,7 @@ def _bring_up_to_date(writer: EmbeddingWriter, items: Sequence[Item]) -> tuple[l
 
 
 def _sha256(content: Any) -> str:
-    return hashlib.sha256(
-        content if isinstance(content, bytes) else np.ascontiguousarray(content).tobytes()
-    ).hexdigest()
+    return sha256([content if isinstance(content, bytes) else np.ascontiguousarray(content)])
 
 
 def _full_size(content: Any, picture: Image.Image) -> tuple[int, int]:

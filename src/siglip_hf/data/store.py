@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from siglip_hf.data.sources import TarMember
+from siglip_hf.files import new_file, only_run, parse_json, write_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -124,7 +124,7 @@ class Manifest:
         if not path.is_file():
             raise ValueError(f"{folder} holds no embeddings: there is no {MANIFEST}. `siglip-hf embed` makes them.")
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = parse_json(path.read_bytes())
             version = content.get("format_version")
             if version != FORMAT_VERSION:
                 raise ValueError(f"it has format version {version!r}, and this package reads {FORMAT_VERSION}")
@@ -271,9 +271,8 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
         self.path = Path(path)
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"{self.path} is a file; give a folder to write embeddings to")
-        self.path.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_lock(self.path))
+            stack.enter_context(only_run(self.path))
             self._open(manifest)
             self._closing = stack.pop_all()
 
@@ -416,55 +415,14 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
 
     def _write(self, file: Path, table: pa.Table, sync: bool = False) -> None:
         _, parquet = import_pyarrow()
-        with _replacing(file, sync) as partial:
+        with new_file(file, sync=sync) as partial:
             # One chunk, one row group: the bytes depend on the rows alone.
             parquet.write_table(
                 table.combine_chunks(), partial, compression="zstd", use_dictionary=False, row_group_size=len(table)
             )
 
     def _write_manifest(self) -> None:
-        content = json.dumps(dataclasses.asdict(self.manifest), ensure_ascii=False, indent=2)
-        with _replacing(self.path / MANIFEST, sync=True) as partial:
-            partial.write_text(content + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def _replacing(file: Path, sync: bool) -> Iterator[Path]:
-    """A path to write to, which takes the place of `file` at the end."""
-    partial = file.with_name(f".{file.name}.partial")
-    try:
-        yield partial
-        if sync:  # else a crash of the machine may cost a batch, which is then made anew
-            with open(partial, "rb") as handle:
-                os.fsync(handle.fileno())
-        partial.replace(file)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"cannot write to {file.parent} ({error.strerror or error}); what was done before is safe. Make room, and "
-            "run the same command again: it goes on from there.",
-        ) from error
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Held by the process that writes to a folder; the system takes it back when the process dies."""
-    import fcntl
-
-    with open(folder / ".lock", "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise OSError(
-                f"another run (process {file.read().strip() or 'unknown'}) is writing to {folder}; wait for it to end, "
-                "or give another folder."
-            ) from error
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
+        write_json(self.path / MANIFEST, dataclasses.asdict(self.manifest))
 
 
 def _schema(manifest: Manifest) -> Any:

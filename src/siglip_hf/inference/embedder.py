@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ import torch
 from PIL import Image
 
 from siglip_hf.data.sources import Record, Source, open_source
+from siglip_hf.files import parse_json, sha256_of_files
 from siglip_hf.inference.optimize.optimization import multiplies_bfloat16, optimize
 from siglip_hf.parallel import prefetch
 from siglip_hf.preprocessing.image_intake import load_picture
@@ -376,11 +376,6 @@ def _weights_sha256(name: str) -> str:
     assert found is not None, f"{name} has been loaded, so it has weights"
     files = [found]
     if found.endswith(".json"):
-        shards = set(json.loads(Path(found).read_text(encoding="utf-8"))["weight_map"].values())
+        shards = set(parse_json(Path(found).read_bytes())["weight_map"].values())
         files = [path for shard in sorted(shards) if (path := find(shard))]
-    digest = hashlib.sha256()
-    for path in files:
-        with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
+    return sha256_of_files(files)

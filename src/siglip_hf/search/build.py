@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import glob
-import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from siglip_hf.files import check_output_folder, new_folder
+from siglip_hf.files import check_output_folder, clear_remains, new_folder, only_run, write_json
 from siglip_hf.search import kinds as faiss_kinds
 from siglip_hf.search.index import (
     FORMAT,
@@ -119,13 +115,15 @@ def build_index(
         on_progress: called with a word for each stage of the work.
 
     Raises:
-        ValueError: if there is no vector, another run writes there, no kind fits the memory, or an index to be updated
-            has vectors of another model.
-        OSError: if the disk is full; the index that was there is as before.
+        ValueError: if there is no vector, no kind fits the memory, or an index to be updated has vectors of another
+            model.
+        OSError: if another run writes there, or the disk is full; the index that was there is as before.
     """
     out = Path(out)
     memory = default_memory() if memory is None else memory
-    with only_run(out):
+    # The lock lies beside the folder, which is replaced as a whole.
+    with only_run(out, out.absolute().with_name(f".{out.absolute().name}.lock")):
+        clear_remains(out)
         check_can_write(out, overwrite=overwrite, update=update)
         old = IndexFolder(out) if update and is_index(out) else None
         if old is not None:
@@ -195,40 +193,6 @@ def check_can_write(out: str | os.PathLike[str], *, overwrite: bool, update: boo
     check_output_folder(out, overwrite=overwrite or update, marker=INDEX)
 
 
-@contextlib.contextmanager
-def only_run(out: Path) -> Iterator[None]:
-    """Holds the right to write a folder until the block ends, or the process does, and clears what a killed run left.
-
-    Raises:
-        ValueError: if another process has it.
-    """
-    from filelock import FileLock, Timeout
-
-    out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out.with_name(f".{out.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        raise ValueError(f"another run is writing {out}; wait for it, or give another folder.") from error
-    try:
-        _clear_remains(out)
-        yield
-    finally:
-        lock.release()
-
-
-def _clear_remains(out: Path) -> None:
-    # See `output_folder.new_folder`: it moves the old folder away before the new one takes its place.
-    for kept in sorted(out.parent.glob(f".{glob.escape(out.name)}.replaced-*")):
-        if out.exists():
-            shutil.rmtree(kept)
-        else:
-            kept.rename(out)
-    for partial in out.parent.glob(f".{glob.escape(out.name)}.partial-*"):
-        shutil.rmtree(partial)
-
-
 def _write_vectors(folder: Path, origin: Origin, blocks: Blocks, old: IndexFolder | None) -> tuple[pa.Table, int]:
     """Copies vectors, scaled to length 1; gives the rows, with the old key of those that are as before and else -1."""
     import pyarrow as pa
@@ -276,7 +240,7 @@ def _write_index(folder: Path, index: Any) -> None:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False), encoding="utf-8")
+    write_json(folder / MANIFEST, manifest)
 
 
 def _blocks_of(folder: Path, dimension: int, keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

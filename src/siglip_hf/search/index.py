@@ -7,8 +7,6 @@ exactly), and `manifest.json` with the model, the settings and a checksum of eac
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from siglip_hf.files import parse_json, sha256_of_files
 from siglip_hf.search import kinds as faiss_kinds
 from siglip_hf.search.kinds import OVERSAMPLE
 
@@ -163,7 +162,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder; make an index with `siglip-hf index`")
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = parse_json((folder / MANIFEST).read_bytes())
         is_ours = manifest.get("format") == FORMAT
     except (OSError, ValueError, AttributeError):
         is_ours, manifest = False, {}
@@ -207,15 +206,7 @@ def check_same_origin(first: Origin, second: Origin, first_name: str, second_nam
 
 def file_entry(path: Path) -> dict[str, Any]:
     """Size and checksum of a file, for a manifest."""
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256_of_files([path])}
 
 
 def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], verify: bool) -> None:
@@ -225,7 +216,7 @@ def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], verify: b
             raise _damaged(folder, f"{name} is missing")
         if path.stat().st_size != entry["bytes"]:
             raise _damaged(folder, f"{name} has {path.stat().st_size:,} bytes, not {entry['bytes']:,}")
-        if verify and _sha256(path) != entry["sha256"]:
+        if verify and sha256_of_files([path]) != entry["sha256"]:
             raise _damaged(folder, f"the checksum of {name} is not that of the manifest")
 
 

@@ -7,10 +7,9 @@ section 4.1.
 from __future__ import annotations
 
 import fnmatch
-import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from siglip_hf.data.sources import DatasetCell, Record, Source, TarMember
+from siglip_hf.files import sha256, write_json
 from siglip_hf.parallel import prefetch
 from siglip_hf.preprocessing.image_intake import PictureError
 from siglip_hf.training.collator import PictureCollator
@@ -77,19 +77,18 @@ def _patterns(model: nn.Module, part: str) -> list[str]:
 
 def image_weights_hash(model: nn.Module) -> str:
     """SHA-256 of the image tower: the names, types and values of its parameters."""
-    digest = hashlib.sha256()
-    for name, value in model.get_submodule("vision_model").state_dict().items():
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+
+    def parts() -> Iterator[bytes]:
+        for name, value in model.get_submodule("vision_model").state_dict().items():
+            yield f"{name} {value.dtype} {tuple(value.shape)}".encode()
+            yield value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+
+    return sha256(parts())
 
 
 def source_hash(source: Source) -> str:
     """SHA-256 of where a source's pictures lie; for files, also of their sizes and the times they were changed."""
-    digest = hashlib.sha256()
-    for record in source:
-        digest.update(f"{record.id}\0{_place(record)}\n".encode())
-    return digest.hexdigest()
+    return sha256(f"{record.id}\0{_place(record)}\n".encode() for record in source)
 
 
 def _place(record: Record) -> str:
@@ -192,7 +191,7 @@ def store_images(
     elif any(not path.name.startswith(".") for path in folder.iterdir()):
         raise ValueError(f"{folder} is not empty and holds no image embeddings; give another folder.")
     else:
-        _write_json(folder / _PROGRESS, {**identity, "done": 0, "broken": {}})
+        write_json(folder / _PROGRESS, {**identity, "done": 0, "broken": {}})
 
     device = next(model.parameters()).device
     collate = PictureCollator(processor)
@@ -214,13 +213,13 @@ def store_images(
         done = int(places[-1]) + 1
         if index % _NOTE_EVERY == _NOTE_EVERY - 1:
             embeddings.flush()
-            _write_json(folder / _PROGRESS, {**identity, "done": done, "broken": broken})
+            write_json(folder / _PROGRESS, {**identity, "done": done, "broken": broken})
         if on_progress is not None:
             on_progress(done)
     model.train(was_training)
     if embeddings is not None:
         embeddings.flush()
-    _write_json(folder / _MANIFEST, {**identity, "broken": broken, "ids": [record.id for record in source]})
+    write_json(folder / _MANIFEST, {**identity, "broken": broken, "ids": [record.id for record in source]})
     (folder / _PROGRESS).unlink(missing_ok=True)
     return ImageStore(folder)
 
@@ -240,7 +239,7 @@ def _identity(model: nn.Module, processor: Any, source: Source) -> dict[str, str
     settings = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
     return {
         "image tower": image_weights_hash(model),
-        "image processor": hashlib.sha256(settings.encode()).hexdigest(),
+        "image processor": sha256([settings.encode()]),
         "source": source_hash(source),
     }
 
@@ -251,10 +250,3 @@ def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, str]) -
         raise ValueError(
             f"{folder} holds embeddings of another {' and '.join(changed)}; remove it, or give another folder."
         )
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Writes a file that is whole at any moment."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(json.dumps(content, ensure_ascii=False))
-    os.replace(partial, path)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from siglip_hf.data.sources import Source, open_source
+from siglip_hf.files import new_file, sha256, write_json
 from siglip_hf.training.pairs import check_templates, picture_key, stable_number, training_pairs
 from siglip_hf.training.settings import SCHEDULES, TrainSettings
 
@@ -210,7 +210,7 @@ def run_training(
         history=history,
     )
     _plot(pyplot, history, output / PLOT_FILE)
-    _write_json(output / REPORT_FILE, dataclasses.asdict(report))
+    write_json(output / REPORT_FILE, dataclasses.asdict(report))
     return report
 
 
@@ -260,12 +260,14 @@ def _evaluated(settings: TrainSettings, source: Source, held_out: Source | None)
 
 def _fingerprint(*sources: Source | None) -> str:
     """What tells data from other data: the ids and texts of all records."""
-    digest = hashlib.sha256()
-    for source in sources:
-        for record in source or ():
-            digest.update(repr((record.id, record.captions, record.label)).encode())
-        digest.update(b"end")
-    return digest.hexdigest()
+
+    def parts() -> Iterator[bytes]:
+        for source in sources:
+            for record in source or ():
+                yield repr((record.id, record.captions, record.label)).encode()
+            yield b"end"
+
+    return sha256(parts())
 
 
 def _claim_output(output: Path, settings: TrainSettings, facts: dict[str, Any], first: bool) -> None:
@@ -295,7 +297,7 @@ def _claim_output(output: Path, settings: TrainSettings, facts: dict[str, Any], 
         raise ValueError(f"{output} is there already and no training run; give another output.")
     if first:
         output.mkdir(parents=True, exist_ok=True)
-        _write_json(path, wanted)
+        write_json(path, wanted)
 
 
 def _load_model(name: str | None) -> tuple[Any, Any]:
@@ -403,18 +405,11 @@ def _plot(pyplot: Any, history: list[dict[str, float]], path: Path) -> None:
         right.plot(list(measured), list(measured.values()), color="tab:orange", marker="o")
         right.set_ylabel("recall at 1, mean of both ways", color="tab:orange")
         right.set_ylim(0, 1)
-    partial = path.with_name(f".{path.name}")
-    figure.savefig(partial, format="png", dpi=120)
+    with new_file(path) as partial:
+        figure.savefig(partial, format="png", dpi=120)
     pyplot.close(figure)
-    os.replace(partial, path)
 
 
 def _measures(logs: Mapping[str, float]) -> dict[str, float]:
     kept = {name.removeprefix("eval_"): value for name, value in logs.items() if "loss" in name or "recall" in name}
     return {name: float(value) for name, value in kept.items()}
-
-
-def _write_json(path: Path, content: Any) -> None:
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(json.dumps(content, ensure_ascii=False, indent=1))
-    os.replace(partial, path)
