@@ -1,6 +1,7 @@
 """Tiny NaFlex configurations, inputs, and stock models with the same weights."""
 
 import tempfile
+from pathlib import Path
 
 import torch
 from transformers.models.siglip2 import configuration_siglip2 as stock_configuration
@@ -8,6 +9,7 @@ from transformers.models.siglip2 import modeling_siglip2 as stock_modeling
 
 import siglip_hf
 from tiny import TEXT, VISION, shaken
+from tiny_gemma import write_gemma_tokenizer
 
 NAFLEX_VISION = {key: value for key, value in VISION.items() if key != "image_size"} | {"num_patches": 16}
 # Rows and columns: full, with padding, one patch, a strip, an upright one, as many as learned in another grid.
@@ -47,3 +49,13 @@ def stock_pair(name: str, config=None, attn_implementation: str = "sdpa"):
     assert not info["missing_keys"], info["missing_keys"]
     assert not info["unexpected_keys"], info["unexpected_keys"]
     return stock, ours.eval()
+
+
+def write_naflex(folder: Path) -> None:
+    """A tiny NaFlex repository."""
+    write_gemma_tokenizer(folder, tokenizer_class="GemmaTokenizer")
+    text = {key: NAFLEX_VISION[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    text |= {"vocab_size": len(siglip_hf.Siglip2Tokenizer.from_pretrained(folder)), "pad_token_id": 0}
+    config = siglip_hf.Siglip2Config(text_config=text, vision_config=dict(NAFLEX_VISION))
+    siglip_hf.Siglip2Model(config).save_pretrained(folder)
+    siglip_hf.Siglip2ImageProcessor(patch_size=8).save_pretrained(folder)

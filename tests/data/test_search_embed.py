@@ -473,7 +473,7 @@ def test_two_entries_of_one_name(embed, photos, tmp_path):
 
 
 def test_naflex(embed, photos, tmp_path):
-    from test_docs_snippets import write_naflex
+    from tiny_siglip2 import write_naflex
 
     write_naflex(tmp_path / "naflex")
     embed(photos, tmp_path / "emb", model=tmp_path / "naflex", dtype="float32", store_dtype="float32", fast=False)

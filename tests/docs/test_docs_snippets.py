@@ -30,8 +30,7 @@ from PIL import Image
 import big_vision_reference
 import siglip_hf
 from siglip_hf.cli import main as cli
-from tiny_gemma import write_gemma_tokenizer
-from tiny_siglip2 import NAFLEX_VISION
+from tiny_siglip2 import write_naflex
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -90,16 +89,6 @@ def write_original_weights(folder: Path) -> None:
     params = big_vision_reference.random_params(big_vision_reference.Sizes(vocabulary=vocabulary))
     big_vision_reference.save(folder / "webli_en_b16_224.npz", params)
     shutil.copy(FIXTURES / "spiece.model", folder / "c4_en.model")
-
-
-def write_naflex(folder: Path) -> None:
-    """A tiny NaFlex repository."""
-    write_gemma_tokenizer(folder, tokenizer_class="GemmaTokenizer")
-    text = {key: NAFLEX_VISION[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-    text |= {"vocab_size": len(siglip_hf.Siglip2Tokenizer.from_pretrained(folder)), "pad_token_id": 0}
-    config = siglip_hf.Siglip2Config(text_config=text, vision_config=dict(NAFLEX_VISION))
-    siglip_hf.Siglip2Model(config).save_pretrained(folder)
-    siglip_hf.Siglip2ImageProcessor(patch_size=8).save_pretrained(folder)
 
 
 def set_the_scene(page: Path, folder: Path) -> Callable[[str], str]:

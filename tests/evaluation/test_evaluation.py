@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_docs_snippets import write_naflex
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import siglip_hf
@@ -29,6 +28,7 @@ from siglip_hf.inference.classify import load_classifier, read_truth_file
 from siglip_hf.inference.embedder import SiglipEmbedder
 from siglip_hf.inference.label_bank import parse_templates
 from siglip_hf.inference.prompt_templates import TEMPLATE_SETS, template_set
+from tiny_siglip2 import write_naflex
 
 PICTURES = Path(__file__).parents[2] / "src" / "siglip_hf" / "apps" / "pictures"
 

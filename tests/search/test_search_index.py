@@ -12,7 +12,8 @@ pytest.importorskip("pyarrow")
 from filelock import FileLock
 
 from search_data import DIMENSION, ORIGIN, blocks, clustered, rows
-from siglip_hf.search import faiss_kinds, index_build
+from siglip_hf.search import build as index_build
+from siglip_hf.search import kinds as faiss_kinds
 from siglip_hf.search.build import build_index
 from siglip_hf.search.index import IndexFolder, Origin
 from siglip_hf.search.kinds import KINDS, choose_kind, memory_of, parse_bytes

@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from test_docs_snippets import write_naflex
 from torch import nn
 from transformers import TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
@@ -21,6 +20,7 @@ from siglip_hf.losses.sigmoid import sigmoid_loss
 from siglip_hf.training import SiglipTrainer, SiglipTrainingArguments
 from siglip_hf.training.pairs import Draw, PairSampler, positive_groups
 from tiny_checkpoint import write_tiny_checkpoint
+from tiny_siglip2 import write_naflex
 from training_data import largest_difference, make_trainer, weights, write_two_captions
 
 RANDOM = {"augment": ["crop", "flip", "color"]}
