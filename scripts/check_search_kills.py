@@ -92,7 +92,7 @@ def _kill_and_compare(
     """
     context: Any = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["siglip_hf.data.embed", "siglip_hf.inference.embedder", "siglip_hf.models.modeling_siglip"]
+        ["siglip_hf.data.embed", "siglip_hf.data.embedder", "siglip_hf.models.modeling_siglip"]
     )
     rng = random.Random(seed)
     report = out.with_suffix(".json")

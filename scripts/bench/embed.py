@@ -20,8 +20,8 @@ from PIL import Image
 import siglip_hf
 from common import SPIECE, machine
 from siglip_hf.data.embed import embed_items, embed_source, items_of
+from siglip_hf.data.embedder import SiglipEmbedder
 from siglip_hf.data.sources import open_source
-from siglip_hf.inference.embedder import SiglipEmbedder
 
 
 def main() -> None:

@@ -42,7 +42,7 @@ _MODULES = {
     "Siglip2Tokenizer": "preprocessing.tokenization_siglip2",
     "SiglipTokenizer": "preprocessing.tokenization_siglip",
     "SiglipTokenizerFast": "preprocessing.tokenization_siglip_fast",
-    "SiglipEmbedder": "inference.embedder",
+    "SiglipEmbedder": "data.embedder",
     "canonicalize_text": "preprocessing.text_cleaning",
     "sigmoid_loss": "losses.sigmoid",
     "optimize": "inference.optimize.optimization",
@@ -53,7 +53,7 @@ _MODULES = {
 __all__ = ["__version__", "default_checkpoint", "naflex_checkpoint", *_MODULES]
 
 if TYPE_CHECKING:
-    from siglip_hf.inference.embedder import SiglipEmbedder as SiglipEmbedder
+    from siglip_hf.data.embedder import SiglipEmbedder as SiglipEmbedder
     from siglip_hf.inference.optimize.optimization import optimize as optimize
     from siglip_hf.inference.pooling_map import pooling_attention as pooling_attention
     from siglip_hf.losses.sigmoid import sigmoid_loss as sigmoid_loss

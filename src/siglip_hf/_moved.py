@@ -48,7 +48,7 @@ MOVED = {
     "prompt_templates": "inference.prompt_templates",
     "quantization": "models.quantization",
     "search.embed": "data.embed",
-    "search.embedder": "inference.embedder",
+    "search.embedder": "data.embedder",
     "search.faiss_kinds": "search.kinds",
     "search.index_build": "search.build",
     "search.ray_engine": "data.ray_engine",

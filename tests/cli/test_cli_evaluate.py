@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from siglip_hf.cli.main import main
+from siglip_hf.data.embedder import SiglipEmbedder
 from siglip_hf.data.sources import open_source
 from siglip_hf.evaluation.measures import evaluate, with_truth
-from siglip_hf.inference.embedder import SiglipEmbedder
 from siglip_hf.inference.prompt_templates import template_set
 from tiny_checkpoint import write_tiny_checkpoint
 

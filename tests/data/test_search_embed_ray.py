@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from siglip_hf.data.embed import Item, embed_items, embed_source
-from siglip_hf.inference.embedder import SiglipEmbedder
+from siglip_hf.data.embedder import SiglipEmbedder
 from siglip_hf.data.store import EmbeddingWriter
 from siglip_hf.data.sources import open_source
 from tiny_checkpoint import write_tiny_checkpoint

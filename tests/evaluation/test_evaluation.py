@@ -13,6 +13,7 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import siglip_hf
+from siglip_hf.data.embedder import SiglipEmbedder
 from siglip_hf.data.sources import Source, open_source
 from siglip_hf.evaluation.confusion_picture import MAX_CLASSES, check_picture_file, draw_confusion
 from siglip_hf.evaluation.measures import (
@@ -25,7 +26,6 @@ from siglip_hf.evaluation.measures import (
     zero_shot_accuracy,
 )
 from siglip_hf.inference.classify import load_classifier, read_truth_file
-from siglip_hf.inference.embedder import SiglipEmbedder
 from siglip_hf.inference.label_bank import parse_templates
 from siglip_hf.inference.prompt_templates import TEMPLATE_SETS, template_set
 from tiny_siglip2 import write_naflex

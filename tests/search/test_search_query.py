@@ -148,7 +148,7 @@ def test_a_query_needs_something_to_look_for(index):
 
 
 def test_another_model_is_refused(monkeypatch):
-    monkeypatch.setattr("siglip_hf.inference.embedder.SiglipEmbedder", lambda *a, **b: Words())
+    monkeypatch.setattr("siglip_hf.data.embedder.SiglipEmbedder", lambda *a, **b: Words())
     with pytest.raises(
         ValueError, match=r"b model \(000000000000\) does not have the weights .* a model \(111111111111\)"
     ):

@@ -63,12 +63,12 @@ def evaluate(
     ] = "float32",
 ) -> int:
     """Measure zero-shot accuracy on labelled pictures, and retrieval recall on captioned ones."""
+    from siglip_hf.data.embedder import SiglipEmbedder
     from siglip_hf.data.sources import open_source
     from siglip_hf.evaluation.confusion_picture import check_picture_file, draw_confusion
     from siglip_hf.evaluation.measures import evaluate as measure
     from siglip_hf.evaluation.measures import with_truth
     from siglip_hf.inference.classify import read_labels_file, read_truth_file
-    from siglip_hf.inference.embedder import SiglipEmbedder
     from siglip_hf.inference.label_bank import parse_templates
     from siglip_hf.inference.prompt_templates import template_set
 

@@ -27,7 +27,7 @@ from siglip_hf.data.sources import DatasetCell, Record, Source, TarMember, open_
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from siglip_hf.inference.embedder import SiglipEmbedder
+    from siglip_hf.data.embedder import SiglipEmbedder
 
 Batch = tuple[list[dict[str, Any]], np.ndarray]
 
@@ -173,7 +173,7 @@ def embed_source(
             another source altogether.
         OSError: if another run writes to the folder, or the disk is full.
     """
-    from siglip_hf.inference.embedder import SiglipEmbedder
+    from siglip_hf.data.embedder import SiglipEmbedder
 
     if engine not in ("local", "ray"):
         raise ValueError(f"engine={engine!r} must be 'local' or 'ray'.")

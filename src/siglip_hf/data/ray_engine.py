@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from siglip_hf.data.embed import Batch, Item
-    from siglip_hf.inference.embedder import SiglipEmbedder
+    from siglip_hf.data.embedder import SiglipEmbedder
 
 # Batches that an actor gets at once: within them, it decodes the next one while its GPU computes.
 _TASK_BATCHES = 4
@@ -28,7 +28,7 @@ class _Actor:
         import ray
         import torch
 
-        from siglip_hf.inference.embedder import SiglipEmbedder
+        from siglip_hf.data.embedder import SiglipEmbedder
 
         torch.set_num_threads(cores)
         self.items: Sequence[Item] = ray.get(items[0])

@@ -23,7 +23,7 @@ from siglip_hf.preprocessing.image_intake import PictureError
 if TYPE_CHECKING:
     from PIL import Image
 
-    from siglip_hf.inference.embedder import SiglipEmbedder
+    from siglip_hf.data.embedder import SiglipEmbedder
 
 #: Task -> the part of a record that it needs beside the picture.
 TASKS = {"classify": "label", "retrieve": "captions"}

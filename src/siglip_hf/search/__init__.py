@@ -14,7 +14,7 @@ _MODULES = {
     "Hit": "siglip_hf.search.query",
     "Query": "siglip_hf.search.query",
     "SearchIndex": "siglip_hf.search.query",
-    "SiglipEmbedder": "siglip_hf.inference.embedder",
+    "SiglipEmbedder": "siglip_hf.data.embedder",
     "embed_source": "siglip_hf.data.embed",
     "add_embeddings": "siglip_hf.search.datasets_bridge",
     "find_clusters": "siglip_hf.search.clusters",
@@ -26,8 +26,8 @@ __all__ = list(_MODULES)
 
 if TYPE_CHECKING:
     from siglip_hf.data.embed import embed_source as embed_source
+    from siglip_hf.data.embedder import SiglipEmbedder as SiglipEmbedder
     from siglip_hf.data.store import EmbeddingStore as EmbeddingStore
-    from siglip_hf.inference.embedder import SiglipEmbedder as SiglipEmbedder
     from siglip_hf.search.clusters import find_clusters as find_clusters
     from siglip_hf.search.datasets_bridge import add_embeddings as add_embeddings
     from siglip_hf.search.duplicates import find_duplicates as find_duplicates

@@ -10,7 +10,7 @@ from siglip_hf.preprocessing.image_intake import looks_like_picture_source
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from siglip_hf.inference.embedder import SiglipEmbedder
+    from siglip_hf.data.embedder import SiglipEmbedder
 
 
 def add_embeddings(
@@ -49,7 +49,7 @@ def add_embeddings(
         PictureError: for the first picture that cannot be read.
         ValueError: if there is no such column, it holds neither, or a text is blank.
     """
-    from siglip_hf.inference.embedder import SiglipEmbedder
+    from siglip_hf.data.embedder import SiglipEmbedder
 
     try:
         import datasets

@@ -15,7 +15,7 @@ from siglip_hf.search.index import IndexFolder, Origin
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from siglip_hf.inference.embedder import SiglipEmbedder
+    from siglip_hf.data.embedder import SiglipEmbedder
 
 #: How much the text of `not_text` counts, beside 1 for what is asked for: enough to push it down, and not so much that
 #: whatever is least like it comes up.
@@ -291,7 +291,7 @@ def load_embedder(origin: Origin, model: str | None = None, device: str | None =
     Raises:
         ValueError: if it cannot be loaded, or has other weights.
     """
-    from siglip_hf.inference.embedder import SiglipEmbedder
+    from siglip_hf.data.embedder import SiglipEmbedder
 
     try:
         # In float32: the temperature and the bias, rounded to bfloat16, would move a probability by some percent.
