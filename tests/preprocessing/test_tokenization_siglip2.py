@@ -96,7 +96,8 @@ def test_only_input_ids_of_the_models_length_come_out(tokenizer):
 def test_padding_and_length_can_be_chosen(tokenizer):
     assert len(tokenizer("a cat", padding=False)["input_ids"]) < 12
     assert len(tokenizer("a cat", max_length=20)["input_ids"]) == 20
-    lengths = {len(ids) for ids in tokenizer(["a cat", "a photo of a dog"], padding=True)["input_ids"]}
+    assert len(tokenizer("a cat", padding=True)["input_ids"]) == 12
+    lengths = {len(ids) for ids in tokenizer(["a cat", "a photo of a dog"], padding="longest")["input_ids"]}
     assert len(lengths) == 1
     assert lengths.pop() < 12
 
@@ -194,3 +195,78 @@ def test_model_and_tokenizer_of_a_fixed_resolution_folder(tmp_path):
     embeds = model.encode_text(tokenizer(["A CAT", "a cat", "a dog"], return_tensors="pt").input_ids)
     torch.testing.assert_close(embeds[0], embeds[1])
     assert not torch.allclose(embeds[1], embeds[2])
+
+
+OPTIONS = [
+    {"padding": "max_length", "truncation": True, "max_length": 9, "return_attention_mask": True},
+    {"padding": "longest", "truncation": True, "max_length": 9, "pad_to_multiple_of": 3},
+    {"padding": False, "truncation": True, "max_length": 7, "return_special_tokens_mask": True},
+    {"padding": False, "truncation": False, "return_offsets_mapping": True},
+    {"padding": "max_length", "max_length": 8, "truncation": True, "stride": 2, "return_overflowing_tokens": True},
+    {"padding": "max_length", "max_length": 8, "truncation": True, "add_special_tokens": False},
+    {"padding": False, "split_special_tokens": True, "truncation": False},
+]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_as_in_stock(folder, tokenizer, options, side):
+    stock = StockTokenizer.from_pretrained(folder, truncation_side=side)
+    ours = Siglip2Tokenizer.from_pretrained(folder, truncation_side=side)
+    texts = [text for text in TEXTS if "Σ" not in text and "<TABLE>" not in text and "İ" not in text]
+    options = {"padding_side": side, "return_attention_mask": False, "verbose": False, **options}
+    assert dict(ours(texts, **options)) == dict(stock(texts, **options))
+    for text in texts:
+        assert dict(ours(text, **options)) == dict(stock(text, **options))
+    firsts, seconds = texts[:5], ["two words", "x", "", "a very long text indeed " * 5, "a cat"]
+    assert dict(ours(firsts, seconds, **options)) == dict(stock(firsts, seconds, **options))
+    words = [text.split() for text in texts if text.split()]
+    options["is_split_into_words"] = True
+    # "</s>" and "[CLS]" are no tokens of this vocabulary, and read as text.
+    assert dict(ours(words, **options)) == dict(stock(words, **options))
+
+
+def test_encodings_as_in_stock(folder, tokenizer):
+    stock = StockTokenizer.from_pretrained(folder)
+    ours, theirs = (t("a big cat", "two dogs", max_length=12, padding="max_length") for t in (tokenizer, stock))
+    for method in ("tokens", "word_ids", "sequence_ids"):
+        assert getattr(ours, method)() == getattr(theirs, method)()
+    assert tokenizer("a cat").tokens() == stock("a cat", padding="max_length", max_length=12).tokens()
+
+
+def test_an_added_token_with_capitals_is_found(folder, tmp_path):
+    tokenizer = Siglip2Tokenizer.from_pretrained(folder)
+    plain = tokenizer("a <img> x", padding=False)["input_ids"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<IMG>", "<IMG>2"]})
+    tokenizer.add_tokens(["NewWord"])
+    special, longer, word = tokenizer.convert_tokens_to_ids(["<IMG>", "<IMG>2", "NewWord"])
+    tokenizer.save_pretrained(tmp_path)
+    for each in (tokenizer, Siglip2Tokenizer.from_pretrained(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
+        assert each.encode("A <IMG> X", padding=False).count(special) == 1
+        assert each.encode("A <IMG>2 X", padding=False).count(longer) == 1
+        assert each.encode("A <img> X", padding=False) == plain
+        assert all(each.encode(text, padding=False).count(word) == 1 for text in ("a NewWord", "A NEWWORD", "newword"))
+        assert each.tokenize("<IMG>A")[0] == "<IMG>"
+
+
+@pytest.mark.parametrize("remove_punctuation", [False, True])
+@pytest.mark.parametrize("words", [False, True])
+def test_offsets_point_into_the_text_as_given(folder, remove_punctuation, words):
+    tokenizer = Siglip2Tokenizer.from_pretrained(folder, remove_punctuation=remove_punctuation)
+    text = "İİ, a cat! İ dog"
+    options = {"padding": False, "return_offsets_mapping": True, "add_special_tokens": False}
+    batch = tokenizer(text.split(" "), is_split_into_words=True, **options) if words else tokenizer(text, **options)
+    for index, (begin, end) in enumerate(batch["offset_mapping"]):
+        whole = text.split(" ")[batch.word_ids()[index]] if words else text
+        piece = tokenizer.convert_tokens_to_string([batch.tokens()[index]])
+        if "\ufffd" not in piece:
+            kept = whole[begin:end].lower()
+            if remove_punctuation:
+                kept = kept.replace("!", "").replace(",", "")
+            assert kept.strip() in ("", "i̇", piece.strip()), (piece, kept)
+    assert batch["offset_mapping"][-1][1] == (3 if words else len(text))
+
+
+def test_an_empty_batch(tokenizer):
+    assert tokenizer([])["input_ids"] == []
+    assert tokenizer([], return_tensors="pt")["input_ids"].shape == (0, 12)

@@ -6,34 +6,36 @@ The published `tokenizer.json` files are Gemma's own and leave the case alone, a
 
 from __future__ import annotations
 
+import functools
 import json
+import re
+import string
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from transformers.tokenization_utils_base import AddedToken
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
 from transformers.utils import cached_file
 
 from siglip_hf.preprocessing.text_cleaning import remove_punctuation as without_punctuation
-
-#: Length of the texts that every published SigLIP 2 model was trained on.
-TEXT_LENGTH = 64
-
-# Above this a `model_max_length` states that nobody has set one.
-_NO_LENGTH = 10**6
+from siglip_hf.preprocessing.tokenization_backend import StatelessTokenization
+from siglip_hf.preprocessing.tokenization_base import TEXT_LENGTH, text_length
 
 _HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Classes that say nothing about the tokenizer but that it is a `tokenizer.json`.
 _GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizer")
 
 
-class Siglip2Tokenizer(TokenizersBackend):
+class Siglip2Tokenizer(StatelessTokenization):
     """Texts to `input_ids` as SigLIP 2 was trained on: lowercased, padded and truncated to the model's length.
 
     Ids are those of the folder's `tokenizer.json` for `text.lower()`, whatever `tokenizer_config.json` says. Text is
-    lowercased before special and added tokens are looked up in it, so that `"<TABLE>"` is Gemma's `"<table>"`.
+    lowercased before special and added tokens are looked up in it, so that `"<TABLE>"` is Gemma's `"<table>"`; an added
+    token that has capitals itself is found as it is written.
 
     `from_pretrained` takes the length from the model's `config.json`, if one is beside the tokenizer, and else from
     `model_max_length`, which published files leave at an absurd value; 64 then. Calls pad and truncate to it by default
-    (`padding="max_length", truncation=True`); `padding=False` is obeyed.
+    (`padding="max_length", truncation=True`); `padding=False` is obeyed. `return_attention_mask=True` adds the mask.
 
     Args:
         tokenizer_file: Path of a `tokenizer.json`.
@@ -48,8 +50,6 @@ class Siglip2Tokenizer(TokenizersBackend):
     """
 
     vocab_files_names = {"tokenizer_file": "tokenizer.json"}  # noqa: RUF012
-    padding_side = "right"
-    model_input_names = ["input_ids"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -64,14 +64,12 @@ class Siglip2Tokenizer(TokenizersBackend):
         mask_token: str = "<mask>",
         **kwargs: Any,
     ):
-        if model_max_length is None or model_max_length > _NO_LENGTH:
-            model_max_length = TEXT_LENGTH
         # SigLIP 2 was trained without an attention mask, so it is not among the model's inputs.
         kwargs["model_input_names"] = list(type(self).model_input_names)
         super().__init__(
             tokenizer_file=tokenizer_file,
             remove_punctuation=remove_punctuation,
-            model_max_length=model_max_length,
+            model_max_length=text_length(model_max_length),
             unk_token=unk_token,
             bos_token=bos_token,
             eos_token=eos_token,
@@ -99,68 +97,45 @@ class Siglip2Tokenizer(TokenizersBackend):
         """Leaves the file to `__init__`: a backend rebuilt from its vocabulary would lose the file's own pipeline."""
         return kwargs
 
-    def __call__(  # type: ignore[override]
-        self,
-        text: Any = None,
-        text_pair: Any = None,
-        text_target: Any = None,
-        text_pair_target: Any = None,
-        add_special_tokens: bool = True,
-        padding: Any = "max_length",
-        truncation: Any = True,
-        max_length: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Tokenizes a text or a list of texts.
+    def _add_tokens(self, new_tokens: Sequence[str | AddedToken], special_tokens: bool = False) -> int:
+        self.__dict__.pop("_with_capitals", None)
+        return super()._add_tokens(new_tokens, special_tokens)
 
-        Args:
-            text: A text, or a list of texts.
-            text_pair: A second sequence, as of every tokenizer; SigLIP has no use for one.
-            text_target: As of every tokenizer.
-            text_pair_target: As of every tokenizer.
-            add_special_tokens: Append `<eos>`.
-            padding: "max_length" pads to `max_length`, as in training; True to the longest text; False not at all.
-            truncation: Cut what is longer than `max_length`; `<eos>` is kept.
-            max_length: `model_max_length` by default.
-            **kwargs: Further arguments as of every tokenizer, e.g. `return_tensors="pt"`.
+    @functools.cached_property
+    def _with_capitals(self) -> tuple[re.Pattern[str] | None, list[str]]:
+        """Finds the added tokens that lowercasing would lose: a normalized one in any case, others as they are."""
+        tokens = [token for token in self.added_tokens_decoder.values() if token.content != token.content.lower()]
+        tokens.sort(key=lambda token: -len(token.content))
+        kinds = [f"((?i:{re.escape(t.content)}))" if t.normalized else f"({re.escape(t.content)})" for t in tokens]
+        return (re.compile("|".join(kinds)) if kinds else None), [token.content for token in tokens]
 
-        Returns:
-            A `BatchEncoding` with `input_ids` (B, L) only; `return_attention_mask=True` adds the mask.
-        """
-        return super().__call__(
-            text,
-            text_pair,
-            text_target,
-            text_pair_target,
-            add_special_tokens,
-            padding,
-            truncation,
-            max_length,
-            **kwargs,
-        )
+    def _parts(self, text: str) -> Iterator[tuple[int, str, str | None]]:
+        """Yields the start of each part of `text`, the part, and the added token with capitals that it is."""
+        pattern, contents = self._with_capitals
+        end = 0
+        for found in pattern.finditer(text) if pattern else ():
+            yield end, text[end : found.start()], None
+            yield found.start(), found.group(), contents[(found.lastindex or 1) - 1]
+            end = found.end()
+        yield end, text[end:], None
 
-    def encode(  # type: ignore[override]
-        self,
-        text: Any,
-        text_pair: Any = None,
-        add_special_tokens: bool = True,
-        padding: Any = "max_length",
-        truncation: Any = True,
-        max_length: int | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """Returns the `input_ids` alone; arguments as of a call."""
-        return super().encode(text, text_pair, add_special_tokens, padding, truncation, max_length, **kwargs)
+    def _clean(self, text: str) -> str:
+        """Returns the text as the vocabulary knows it."""
+        remove = without_punctuation if self.remove_punctuation else str
+        return "".join(remove(part.lower()) if token is None else token for _, part, token in self._parts(text))
 
-    def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        return super()._encode_plus(self._clean(text), self._clean(text_pair), **kwargs)
-
-    def _clean(self, text: Any) -> Any:
-        """A text, or texts in any nesting, as the vocabulary knows them."""
-        if isinstance(text, str):
-            text = text.lower()
-            return without_punctuation(text) if self.remove_punctuation else text
-        return [self._clean(item) for item in text] if isinstance(text, list | tuple) else text
+    def _origins(self, text: str) -> list[tuple[int, int]] | None:
+        # One character alone grows when it is lowercased: "İ" becomes two.
+        if "İ" not in text and not self.remove_punctuation:
+            return None
+        removed = string.punctuation if self.remove_punctuation else ""
+        places = []
+        for start, part, token in self._parts(text):
+            if token is not None:
+                places += [start + min(i, len(part) - 1) for i in range(len(token))]
+            else:
+                places += [start + i for i, char in enumerate(part) for low in char.lower() if low not in removed]
+        return [(place, place + 1) for place in places]
 
 
 class SiglipTokenizerOfFolder:

@@ -9,16 +9,13 @@ from __future__ import annotations
 import os
 import re
 import string
-from collections.abc import Callable, Iterable, Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from tokenizers import (
     AddedToken,
     Encoding,
-    PreTokenizedString,
     Regex,
-    Token,
     Tokenizer,
     decoders,
     models,
@@ -27,46 +24,15 @@ from tokenizers import (
     processors,
 )
 from transformers.convert_slow_tokenizer import import_protobuf
-from transformers.tokenization_utils_base import BatchEncoding, TruncationStrategy
-from transformers.tokenization_utils_tokenizers import TokenizersBackend
-from transformers.utils import PaddingStrategy
+from transformers.tokenization_utils_base import TruncationStrategy
 
 from siglip_hf.preprocessing.text_cleaning import canonicalize_with_offsets
-from siglip_hf.preprocessing.tokenization_siglip import (
-    MARK,
-    TEXT_LENGTH,
-    SiglipTokenization,
-    SiglipTokenizer,
-    special_token,
-    text_length,
-)
+from siglip_hf.preprocessing.tokenization_backend import Piece, StatelessTokenization, merged, to_encoding
+from siglip_hf.preprocessing.tokenization_base import TEXT_LENGTH, special_token, text_length
+from siglip_hf.preprocessing.tokenization_siglip import MARK, SiglipTokenizer
 
 
-class _LazyBatchEncoding(BatchEncoding):
-    """A BatchEncoding whose `Encoding`s are made when first asked for; most callers want the ids alone."""
-
-    def __init__(self, data: dict[str, Any], tensor_type: Any, make: Callable[[], list[Encoding]]) -> None:
-        self._make: Callable[[], list[Encoding]] | None = make
-        self._made: list[Encoding] | None = None
-        super().__init__(data, tensor_type=tensor_type, n_sequences=1)
-
-    @property  # type: ignore[override]
-    def _encodings(self) -> list[Encoding] | None:
-        if self._make is not None:
-            self._made, self._make = self._make(), None
-        return self._made
-
-    @_encodings.setter
-    def _encodings(self, encodings: list[Encoding] | None) -> None:
-        if encodings is not None:
-            self._made, self._make = encodings, None
-
-    @property
-    def is_fast(self) -> bool:
-        return True
-
-
-class SiglipTokenizerFast(SiglipTokenization, TokenizersBackend):
+class SiglipTokenizerFast(StatelessTokenization):
     """Texts to `input_ids`, and to the places of the tokens in the text.
 
     Ids, defaults and arguments are those of `SiglipTokenizer`, which see. Offsets point into the text as given, before
@@ -199,13 +165,6 @@ class SiglipTokenizerFast(SiglipTokenization, TokenizersBackend):
             keep_punctuation_exact_string=keep_punctuation_exact_string,
         )
 
-    def tokenize(
-        self, text: str, pair: str | None = None, add_special_tokens: bool = False, **kwargs: Any
-    ) -> list[str]:
-        """Returns the pieces of `text`, and of `pair` after them."""
-        options = {"padding_strategy": PaddingStrategy.DO_NOT_PAD, **kwargs}
-        return self._encode_plus(text, pair, add_special_tokens=add_special_tokens, **options).tokens()
-
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Returns the text of `tokens`, special ones as they are."""
         if self.slow_tokenizer is None:
@@ -217,193 +176,92 @@ class SiglipTokenizerFast(SiglipTokenization, TokenizersBackend):
             return super()._decode(token_ids, *args, **kwargs)
         return self.slow_tokenizer._decode(token_ids, *args, **kwargs)
 
-    def _encode_plus(  # type: ignore[override]
-        self, text: Any, text_pair: Any = None, **options: Any
-    ) -> BatchEncoding:
+    def _lay_out_texts(self, texts: list[str], options: dict[str, Any]) -> dict[str, Any]:
         if self.slow_tokenizer is None:
-            return super()._encode_plus(text, text_pair, **options)
+            return super()._lay_out_texts(texts, options)
         split = options.get("split_special_tokens")
-        options["split_special_tokens"] = self.split_special_tokens if split is None else split
-        tensors = options.get("return_tensors")
-        if self._is_plain(text, text_pair, options) and not options.get("return_offsets_mapping"):
-            texts = [text] if isinstance(text, str) else list(text)
-            ids = self.slow_tokenizer.encode_texts(texts, split_special_tokens=options["split_special_tokens"])
-            data = self._lay_out(ids, **options)
-            if isinstance(text, str) and tensors is None:
-                data = {name: rows[0] for name, rows in data.items()}
-            return _LazyBatchEncoding(data, tensors, lambda: self._encodings([(t, None) for t in texts], **options))
+        ids = self.slow_tokenizer.encode_texts(
+            texts, split_special_tokens=self.split_special_tokens if split is None else split
+        )
+        return self._lay_out(ids, **options)
 
-        batch, is_batched = self._sequences(text, text_pair, bool(options.get("is_split_into_words")))
-        encodings = self._encodings(batch, **options)
-        overflowing = bool(options.get("return_overflowing_tokens"))
-        names = ("return_token_type_ids", "return_attention_mask", "return_special_tokens_mask")
-        wanted: dict[str, Any] = {
-            name: options.get(name) for name in (*names, "return_offsets_mapping", "return_length")
-        }
-        columns: dict[str, list[Any]] = {}
-        flat: list[Encoding] = []
-        for i, encoding in enumerate(encodings):
-            rows, parts = self._convert_encoding(encoding, return_overflowing_tokens=overflowing, **wanted)
-            if overflowing:
-                rows["overflow_to_sample_mapping"] = [i] * len(parts)
-            for name, values in rows.items():
-                columns.setdefault(name, []).extend(values)
-            flat.extend(parts)
-        if not is_batched and tensors is None and not overflowing:
-            columns = {name: values[0] for name, values in columns.items()}
-        return BatchEncoding(columns, flat, tensor_type=tensors)
-
-    def _sequences(self, text: Any, text_pair: Any, words: bool) -> tuple[list[tuple[Any, Any]], bool]:
-        """Returns pairs of one or two sequences, each a string or with `words` a list of them, and whether a batch."""
-
-        def is_sequence(value: Any) -> bool:
-            if not words:
-                return isinstance(value, str)
-            return isinstance(value, (list, tuple)) and all(isinstance(word, str) for word in value)
-
-        batched = isinstance(text, (list, tuple)) and not (words and is_sequence(text) and text)
-        firsts = list(text) if batched else [text]
-        if text_pair is None:
-            seconds: list[Any] = [None] * len(firsts)
-        else:
-            seconds = list(text_pair) if batched and isinstance(text_pair, (list, tuple)) else [text_pair]
-        if len(firsts) != len(seconds):
-            raise ValueError(f"There are {len(firsts)} texts but {len(seconds)} second texts; give as many of both.")
-        pairs = []
-        for first, second in zip(firsts, seconds, strict=True):
-            if second is None and not is_sequence(first) and isinstance(first, (list, tuple)) and len(first) == 2:
-                first, second = first
-            for sequence in (first, second):
-                if not is_sequence(sequence) and not (sequence is second and second is None):
-                    what = "a list of strings" if words else "a string"
-                    raise ValueError(f"A text must be {what}, not {sequence!r}.")
-            pairs.append((first, second))
-        return pairs, batched
-
-    def _encodings(
-        self,
-        batch: Iterable[tuple[Any, Any]],
-        *,
-        add_special_tokens: bool = True,
-        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
-        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
-        max_length: int | None = None,
-        stride: int = 0,
-        pad_to_multiple_of: int | None = None,
-        padding_side: str | None = None,
-        split_special_tokens: bool = False,
-        **_: Any,
-    ) -> list[Encoding]:
-        """Returns an `Encoding` per text or pair, truncated, ended and padded as `SiglipTokenizer` does."""
-        encodings = []
-        for sequences in batch:
-            parts = [self._encode_sequence(s, split_special_tokens) for s in sequences if s is not None]
-            total = sum(map(len, parts)) + (len(parts) if add_special_tokens else 0)
-            if truncation_strategy != TruncationStrategy.DO_NOT_TRUNCATE and max_length and total > max_length:
-                lengths = [list(range(len(part))) for part in parts]
-                kept = self.slow_tokenizer.truncate_sequences(  # type: ignore[union-attr]
-                    lengths[0], lengths[1] if len(parts) == 2 else None, total - max_length, truncation_strategy
-                )
-                for part, ids in zip(parts, kept, strict=False):
-                    part.truncate(len(ids), stride=stride, direction=self.truncation_side)
-            template: list[str] = []
-            for name, part in zip("AB", parts, strict=False):
-                template.append(f"${name}:0")
-                if add_special_tokens and self._missing_eos(part.ids):
-                    template.append(f"{self.eos_token}:0")
-            single, pair = (["$A:0"], template) if len(parts) == 2 else (template, None)
-            ending = processors.TemplateProcessing(
-                single=single, pair=pair, special_tokens=[(self.eos_token, self.eos_token_id)]
-            )
-            encodings.append(ending.process(parts[0], parts[1] if pair else None))
-
-        if padding_strategy != PaddingStrategy.DO_NOT_PAD:
-            longest = max(map(len, encodings), default=0)
-            target = longest if padding_strategy == PaddingStrategy.LONGEST else int(max_length or 0)
-            if pad_to_multiple_of:
-                target = -(-target // pad_to_multiple_of) * pad_to_multiple_of
-            for encoding in encodings:
-                encoding.pad(
-                    target,
-                    direction=padding_side or self.padding_side,
-                    pad_id=self.pad_token_id,
-                    pad_type_id=self.pad_token_type_id,
-                    pad_token=self.pad_token,
-                )
-        return encodings
-
-    def _encode_sequence(self, sequence: str | Sequence[str], split_special_tokens: bool) -> Encoding:
-        if isinstance(sequence, str):
-            return _to_encoding(sequence, self._place_pieces(sequence, split_special_tokens))
-        words = [
-            _to_encoding(word, self._place_pieces(word, split_special_tokens), i) for i, word in enumerate(sequence)
+    def _cut(self, sequences: list[Any], split_special_tokens: bool | None, in_pairs: bool) -> list[Encoding]:
+        if self.slow_tokenizer is None:
+            return super()._cut(sequences, split_special_tokens, in_pairs)
+        split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+        return [
+            to_encoding(sequence, self._place_pieces(sequence, split))
+            if isinstance(sequence, str)
+            else merged([to_encoding(word, self._place_pieces(word, split), i) for i, word in enumerate(sequence)])
+            for sequence in sequences
         ]
-        return Encoding.merge(words, growing_offsets=False)
 
-    def _place_pieces(self, text: str, split_special_tokens: bool) -> list[_Piece]:
+    def _number_added(self, parts: list[Encoding]) -> int:
+        return super()._number_added(parts) if self.slow_tokenizer is None else len(parts)
+
+    def _kept(self, lengths: list[int], excess: int, strategy: TruncationStrategy) -> list[int]:
+        if self.slow_tokenizer is None:
+            return super()._kept(lengths, excess, strategy)
+        ids = [list(range(length)) for length in lengths]
+        kept = self.slow_tokenizer.truncate_sequences(ids[0], ids[1] if ids[1:] else None, excess, strategy)
+        return [len(part) for part in kept[: len(lengths)]]
+
+    def _end(self, parts: list[Encoding], add_special_tokens: bool, split_special_tokens: bool | None) -> Encoding:
+        if self.slow_tokenizer is None:
+            return super()._end(parts, add_special_tokens, split_special_tokens)
+        template: list[str] = []
+        for name, part in zip("AB", parts, strict=False):
+            template.append(f"${name}:0")
+            if add_special_tokens and self._missing_eos(part.ids):
+                template.append(f"{self.eos_token}:0")
+        single, pair = (["$A:0"], template) if len(parts) == 2 else (template, None)
+        ending = processors.TemplateProcessing(
+            single=single, pair=pair, special_tokens=[(self.eos_token, self.eos_token_id)]
+        )
+        return ending.process(parts[0], parts[1] if pair else None)
+
+    def _place_pieces(self, text: str, split_special_tokens: bool) -> list[Piece]:
         """Cuts `text` as `SiglipTokenizer.tokenize` does, and finds each piece in it."""
         slow = self.slow_tokenizer
         assert slow is not None
+        model = slow.sp_model
         unk = str(slow.unk_token)
-        placed: list[_Piece] = []
+        placed: list[Piece] = []
         for part, start, is_token in slow.split_added_tokens(text, split_special_tokens=split_special_tokens):
             if is_token:
                 index = slow._convert_token_to_id_with_added_voc(part)
-                placed.append(_Piece(part, index, start, start + len(part), True))
+                placed.append(Piece(part, index, start, start + len(part), True))
                 continue
             canonical, origins = canonicalize_with_offsets(part, lowercase=slow.do_lower_case)
             origins.append((len(part), len(part)))
-            cut = slow.sp_model.encode(unk + canonical, return_type="offset_mapping")
-            skipped = slow.unk_token_length if len(cut["pieces"]) >= slow.unk_token_length else 0
-            found: list[_Piece] = []
-            later = (len(canonical), len(canonical))
-            # Of several pieces of one character only the last has its place, so they are gone through backwards.
-            for i in reversed(range(skipped, len(cut["pieces"]))):
-                piece = cut["pieces"][i]
-                begin, end = (max(place - len(unk), 0) for place in cut["offsets"][i])
+            pieces, ids = (model.encode(unk + canonical, out_type=kind) for kind in (str, int))
+            # The pieces, end to end, are the normalized text, which knows the place of each of its characters.
+            normalized, places = model.normalize(unk + canonical, with_offsets=True)
+            skipped = slow.unk_token_length if len(pieces) >= slow.unk_token_length else 0
+            position, bytes_left = 0, 0
+            for i, (piece, piece_id) in enumerate(zip(pieces, ids, strict=True)):
+                first = position
+                if model.is_byte(piece_id):
+                    # One piece for each byte of a character.
+                    bytes_left = (bytes_left or len(normalized[position].encode())) - 1
+                    position += bytes_left == 0
+                    last = first + 1
+                else:
+                    position = last = position + len(piece)
+                if i < skipped:
+                    continue
+                begin = max(places[first] - len(unk), 0)
+                # Several characters may come from one; it ends where the next one begins.
+                while last < len(normalized) and places[last] == places[last - 1]:
+                    last += 1
+                end = max(places[last] - len(unk), 0)
                 while begin < end and canonical[begin] in (MARK, " "):
                     begin += 1
-                if begin == end == later[0] and piece != MARK:
-                    end = later[1]
-                if begin < end:
-                    later = (begin, end)
                 first = max(start + origins[begin][0], 0)
                 last = start + origins[end - 1][1] if end > begin else first
                 index = slow._convert_token_to_id_with_added_voc(piece)
-                found.append(_Piece(piece, index, first, last, piece.startswith(MARK) or i == skipped))
-            placed += reversed(found)
+                placed.append(Piece(piece, index, first, last, piece.startswith(MARK) or i == skipped))
         return slow.drop_empty_start(placed)
-
-
-class _Piece(NamedTuple):
-    """A piece, its id, its place in the text, and whether a word begins with it."""
-
-    text: str
-    id: int
-    begin: int
-    end: int
-    begins_word: bool
-
-
-def _to_encoding(text: str, pieces: list[_Piece], word: int | None = None) -> Encoding:
-    """Returns the `Encoding` of `text` cut into `pieces`, all of the word numbered `word` if that is given."""
-    places: Sequence[int] = range(len(text) + 1)
-    if not text.isascii():  # the library counts in bytes here
-        places = [0, *accumulate(len(char.encode()) for char in text)]
-    starts = [0]
-    tokens: list[list[Token]] = [[]]
-    for piece in pieces:
-        if piece.begins_word and piece.begin > starts[-1]:
-            starts.append(piece.begin)
-            tokens.append([])
-        offset = places[starts[-1]]
-        tokens[-1].append(Token(piece.id, piece.text, (places[piece.begin] - offset, places[piece.end] - offset)))
-    ends = [*starts[1:], len(text)]
-    splits = PreTokenizedString(text if pieces else "")
-    splits.split(lambda _, whole: [whole[begin:end] for begin, end in zip(starts, ends, strict=True)])
-    groups = iter(tokens)
-    splits.tokenize(lambda _: next(groups))
-    return splits.to_encoding(word_idx=word)
 
 
 def backend_tokenizer(slow: SiglipTokenizer) -> Tokenizer:
