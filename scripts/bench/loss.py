@@ -75,7 +75,10 @@ def measure(form: Loss, batch: int, width: int, device: str, dtype: torch.dtype,
     inputs += [torch.tensor([10.0], device=device).log(), torch.tensor([-10.0], device=device)]
     for value in inputs:
         value.requires_grad_()
-    form(*(value.detach()[:256].requires_grad_() for value in inputs)).backward()  # start threads and libraries
+    # With the shapes that are timed: this starts threads and libraries, and compiles all that these shapes need.
+    form(*inputs).backward()
+    for value in inputs:
+        value.grad = None
 
     on_gpu = device != "cpu"
     if on_gpu:
@@ -178,7 +181,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--rounds", type=int, default=3, help="times that each form is run in a process of its own")
-    parser.add_argument("--repeats", type=int, default=1, help="timed steps in such a process")
+    parser.add_argument("--repeats", type=int, default=3, help="timed steps in such a process, after one that is not")
     parser.add_argument("--processes", type=int, nargs="+", help="compare the ring with these numbers of processes")
     parser.add_argument("--measure", choices=list(FORMS), help=argparse.SUPPRESS)
     options = parser.parse_args()

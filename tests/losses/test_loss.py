@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.utils import counters
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from siglip_hf.losses.sigmoid import Tiles, sigmoid_loss
+from siglip_hf.losses.sigmoid import sigmoid_loss
+from siglip_hf.losses.tiles import Tiles, _weigh
 
 
 def dense_loss(images, texts, logit_scale, logit_bias, positives=None):
@@ -278,7 +281,7 @@ def test_more_mistakes():
 )
 def test_fused_walk_of_a_gpu(monkeypatch, dtype, tolerance, positives):
     """The kernel that inductor makes on a GPU, made for the CPU here."""
-    monkeypatch.setattr("siglip_hf.losses.sigmoid._can_fuse", lambda device: True)
+    monkeypatch.setattr("siglip_hf.losses.tiles._can_fuse", lambda device: True)
     torch._dynamo.reset()
     inputs = make_inputs(dtype=dtype)
     loss = sigmoid_loss(*inputs, chunk_size=16, positives=positives)
@@ -298,3 +301,55 @@ def test_on_a_gpu(dtype):
     assert loss.item() == pytest.approx(expected, rel=tolerance)
     for got, wanted in zip(torch.autograd.grad(loss, inputs), grads, strict=True):
         assert relative_error(got.cpu(), wanted) < tolerance
+
+
+def test_forward_mode_is_refused():
+    images, texts, scale, bias = (value.detach() for value in make_inputs(5, 4))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        sigmoid_loss(forward_ad.make_dual(images, texts), texts, scale, bias)
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda value: sigmoid_loss(images, texts, value, bias), (scale,), (scale,))
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        torch.func.jacfwd(lambda value: sigmoid_loss(images, value, scale, bias))(texts)
+
+
+def test_function_transforms_that_would_differentiate_twice_are_refused():
+    images, texts, scale, bias = (value.detach() for value in make_inputs(5, 4))
+    for transform in (torch.func.grad, torch.func.jacrev):
+        with pytest.raises(RuntimeError, match="only once"):
+            transform(lambda value: sigmoid_loss(images, texts, scale, value))(bias)
+
+
+def test_vmap_is_one_loss_for_each_batch():
+    batches = [make_inputs(5, 4, bias=bias) for bias in (-5.0, 1.0)]
+    batches[1][0] = batches[1][0].detach().flip(0).requires_grad_()
+    stacked = [torch.stack([batch[index].detach() for batch in batches]).requires_grad_() for index in range(4)]
+    losses = torch.func.vmap(sigmoid_loss)(*stacked)
+    losses.sum().backward()
+    for index, batch in enumerate(batches):
+        expected, grads = reference(batch)
+        assert losses[index].item() == pytest.approx(expected, rel=1e-12)
+        for value, grad in zip(stacked, grads, strict=True):
+            assert relative_error(value.grad[index], grad) < 1e-12
+    alone = torch.func.vmap(lambda texts: sigmoid_loss(stacked[0][0], texts, stacked[2][0], stacked[3][0]))(stacked[1])
+    assert alone[0].item() == pytest.approx(losses[0].item(), rel=1e-12)
+
+
+def test_one_kernel_for_tiles_of_every_shape(monkeypatch):
+    """Square, oblong, of one row, of one column; with and without numbers, with a diagonal or none."""
+    monkeypatch.setattr("siglip_hf.losses.tiles._can_fuse", lambda device: True)
+    monkeypatch.setattr(
+        "siglip_hf.losses.tiles._compiled_weigh", lambda: torch.compile(_weigh, dynamic=True, backend="eager")
+    )
+    torch._dynamo.reset()
+    counters.clear()
+    for batch, chunk_size in ((16, 16), (33, 16), (17, 16), (1, 16), (16, 1), (37, 8)):
+        for positives in (None, torch.arange(batch) % 3, (torch.arange(batch) % 3).to(torch.int8)):
+            inputs = make_inputs(batch)
+            loss = sigmoid_loss(*inputs, chunk_size=chunk_size, positives=positives)
+            expected, grads = reference(inputs, positives)
+            assert loss.item() == pytest.approx(expected, rel=1e-12)
+            for got, wanted in zip(torch.autograd.grad(loss, inputs), grads, strict=True):
+                assert relative_error(got, wanted) < 1e-12
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["recompile_limit"]

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from siglip_hf.losses.sigmoid import Tiles, save_gradients, scale_gradients, stored_dtype
+from siglip_hf.losses.tiles import LossFunction, Tiles, stored_dtype
 
 # Messages between the same two processes are told apart by their tag (two processes are each other's both neighbours).
 _TEXTS, _IDS, _GRADS = range(3)
@@ -136,12 +136,10 @@ def _loss_and_gradients(
     return loss, image_out, text_out, *scalars
 
 
-class _RingLoss(torch.autograd.Function):
-    """All work is done in the forward pass, as in the form for one process."""
+class _RingLoss(LossFunction):
+    """The loss of a group. All work is done in the forward pass, as in the form for one process."""
 
     forward = staticmethod(_loss_and_gradients)
-    setup_context = staticmethod(save_gradients)
-    backward = staticmethod(scale_gradients)
 
 
 def _agree(

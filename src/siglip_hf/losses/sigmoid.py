@@ -1,18 +1,19 @@
 """The pairwise sigmoid loss of SigLIP, exact and in blocks.
 
 Source: Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (2023), section 3.2 and algorithm 1. Every pair of
-an image and a text is a term of its own, so the B x B matrix of logits is walked in tiles and never held;
-`loss_ring.py` carries the walk across processes.
+an image and a text is a term of its own, so the B x B matrix of logits is walked in tiles and never held
+(`tiles.py`); `ring.py` carries the walk across processes.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from siglip_hf.losses.ring import ring_loss
+from siglip_hf.losses.tiles import LossFunction, Tiles, accumulation_dtype, stored_dtype
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -93,13 +94,21 @@ def sigmoid_loss(
         logit_scale.reshape(()).to(device),
         logit_bias.reshape(()).to(device),
     )
-    grad = torch.is_grad_enabled()
-    needs = [grad and value.requires_grad for value in inputs]
-    if group is None:
-        return _local_loss(*inputs, positives, chunk_size, *needs)[0]
-    from siglip_hf.losses.ring import ring_loss
+    if group is not None:
+        return ring_loss(*inputs, positives, chunk_size, _needs(*inputs), group, problem)
+    return _loss_of_one_process(*inputs, None if positives is None else positives.long(), chunk_size)[0]
 
-    return ring_loss(*inputs, positives, chunk_size, needs, group, problem)
+
+def _loss_of_one_process(*inputs: Any) -> tuple[Tensor, ...]:
+    """The loss and its gradients; `inputs` are those of `_local_loss` without the flags."""
+    # A compiler takes the operator as one node; function transforms ask for an autograd.Function.
+    function = _local_loss if torch.compiler.is_compiling() else _LocalLoss.apply
+    return function(*inputs, *_needs(*inputs[:4]))
+
+
+def _needs(*values: Tensor) -> list[bool]:
+    """Whether a gradient in each of them is wanted."""
+    return [torch.is_grad_enabled() and value.requires_grad for value in values]
 
 
 def _describe_problem(image_embeds: Tensor, text_embeds: Tensor, positives: Tensor | None) -> str:
@@ -124,184 +133,6 @@ def _describe_problem(image_embeds: Tensor, text_embeds: Tensor, positives: Tens
             f"{tuple(positives.shape)}."
         )
     return ""
-
-
-class Tiles:
-    """Sums over the pairs of images with one or more blocks of texts, and the unscaled gradients of the loss.
-
-    With G_ij the derivative of the summed loss in z_ij, `add` leaves in `image_grad` the sum over blocks of G @ texts,
-    in the caller's `text_grad` G^T @ images, and in `loss_sum` and `bias_sum` the sums of the loss and of G.
-    """
-
-    def __init__(self, images: Tensor, logit_scale: Tensor, logit_bias: Tensor, chunk_size: int, image_grad: bool):
-        self.images = images
-        self.dtype = accumulation_dtype(images.dtype)
-        self.fused = _can_fuse(images.device)
-        self.scale = logit_scale.to(self.dtype).exp()
-        self.bias = logit_bias.to(self.dtype)
-        self.chunk_size = chunk_size
-        self.image_grad = torch.zeros_like(images, dtype=self.dtype) if image_grad else None
-        # A million pairs make thousands of tiles: their sums are added in double precision where the device has it.
-        wide = self.dtype if images.device.type == "mps" else torch.float64
-        self.loss_sum = torch.zeros((), dtype=wide, device=images.device)
-        self.bias_sum = torch.zeros_like(self.loss_sum)
-
-    def add(
-        self,
-        texts: Tensor,
-        text_grad: Tensor | None,
-        *,
-        bias_grad: bool,
-        aligned: bool,
-        image_ids: Tensor | None = None,
-        text_ids: Tensor | None = None,
-    ) -> None:
-        """Walk the tiles of images x texts.
-
-        Args:
-            texts: (M, E), a block of texts in the dtype of the images.
-            text_grad: (M, E) accumulator, or None if it is not wanted.
-            bias_grad: Whether the sum of G is wanted.
-            aligned: Whether text j belongs to image j. Not used with ids.
-            image_ids: (B,) integers; equal numbers make a positive pair.
-            text_ids: (M,) integers.
-        """
-        size = self.chunk_size
-        wants_grad = bias_grad or text_grad is not None or self.image_grad is not None
-        rows, columns = (min(size, len(part)) for part in (self.images, texts))
-        buffer = torch.empty(rows * columns, dtype=self.dtype, device=texts.device)
-        for top in range(0, len(self.images), size):
-            images = self.images[top : top + size]  # (R, E)
-            for left in range(0, len(texts), size):
-                block = texts[left : left + size]  # (C, E)
-                tile = buffer[: len(images) * len(block)].view(len(images), len(block))  # (R, C)
-                _product(images, block.t(), tile)
-                if self.fused and wants_grad:
-                    ids = (
-                        ()
-                        if image_ids is None or text_ids is None
-                        else (image_ids[top:][:size], text_ids[left:][:size])
-                    )
-                    diagonal = aligned and not ids and top == left
-                    weights, loss_sum, bias_sum = _fused()(tile, self.scale, self.bias, ids, diagonal, texts.dtype)
-                    self.loss_sum += loss_sum
-                    self.bias_sum += bias_sum
-                    self._add_gradients(weights, images, block, top, left, text_grad)
-                    continue
-                tile.mul_(self.scale).add_(self.bias)
-                # With the sign of the positives turned, every pair is a negative one: its loss is softplus(z), and both
-                # that and its derivative are accurate however sure the model is, where softplus(z) - z would cancel.
-                mask = None
-                if image_ids is not None and text_ids is not None:
-                    mask = image_ids[top : top + size, None] == text_ids[left : left + size]
-                turn = aligned and mask is None and top == left
-                _negate(tile, mask, turn)
-                self.loss_sum += F.softplus(tile).sum()
-                if not wants_grad:
-                    continue
-                tile.sigmoid_()
-                _negate(tile, mask, turn)
-                if bias_grad:
-                    self.bias_sum += tile.sum()
-                self._add_gradients(tile.to(texts.dtype), images, block, top, left, text_grad)
-
-    def _add_gradients(
-        self, weights: Tensor, images: Tensor, texts: Tensor, top: int, left: int, text_grad: Tensor | None
-    ) -> None:
-        """Add what the derivatives (R, C) of one tile give for its images (R, E) and texts (C, E)."""
-        if self.image_grad is not None:
-            _add_product(self.image_grad[top : top + len(images)], weights, texts)
-        if text_grad is not None:
-            _add_product(text_grad[left : left + len(texts)], weights.t(), images)
-
-    def scale_sum(self, embeds: Tensor, embed_grad: Tensor) -> Tensor:
-        """Sum of G_ij * d z_ij / d logit_scale, as sum_i <embeds_i, embed_grad_i> * exp(logit_scale): no B x B pass."""
-        total = torch.zeros_like(self.loss_sum)
-        for top in range(0, len(embeds), self.chunk_size):
-            part = slice(top, top + self.chunk_size)
-            total += (embeds[part] * embed_grad[part]).sum(dtype=total.dtype)
-        return total * self.scale
-
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What embeddings of `dtype` are accumulated in."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def stored_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What gradients are kept in until backward: the range of fp16 is too small for them before loss scaling."""
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
-def _negate(tile: Tensor, mask: Tensor | None, diagonal: bool) -> None:
-    """Turn the sign of the positive pairs, given by a mask (R, C) or as the diagonal."""
-    if mask is not None:
-        torch.where(mask, -tile, tile, out=tile)
-    elif diagonal:
-        tile.diagonal().neg_()
-
-
-def _can_fuse(device: torch.device) -> bool:
-    """Whether inductor makes one kernel of what is done to a tile. A GPU waits for memory there; a CPU does not."""
-    if device.type != "cuda":
-        return False
-    from torch.utils._triton import has_triton
-
-    return has_triton()
-
-
-@functools.cache
-def _fused() -> Any:
-    return torch.compile(_weigh, dynamic=True)
-
-
-def _weigh(
-    products: Tensor, scale: Tensor, bias: Tensor, ids: tuple[Tensor, ...], diagonal: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The pointwise part of a tile in one function, as `Tiles.add` does it in place.
-
-    Args:
-        products: (R, C) <image, text>.
-        scale: (), the temperature.
-        bias: ().
-        ids: numbers (R,) of the images and (C,) of the texts, or nothing.
-        diagonal: Whether text j belongs to image j, where there are no ids.
-        dtype: That of the derivatives.
-
-    Returns:
-        The derivatives G (R, C), the sum of the loss and that of G.
-    """
-    logits = products * scale + bias
-    if ids:
-        positive = ids[0][:, None] == ids[1]
-    elif diagonal:
-        rows, columns = (torch.arange(n, device=products.device) for n in products.shape)
-        positive = rows[:, None] == columns
-    else:
-        positive = torch.zeros((), dtype=torch.bool, device=products.device)
-    logits = torch.where(positive, -logits, logits)
-    weights = torch.where(positive, -logits.sigmoid(), logits.sigmoid())
-    return weights.to(dtype), F.softplus(logits).sum(), weights.sum()
-
-
-def _product(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a @ b, where `out` may be wider than the factors."""
-    if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
-    else:
-        out.copy_(torch.mm(a, b))
-
-
-def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
-    """accumulator += a @ b, where the accumulator may be wider than the factors."""
-    if a.dtype == accumulator.dtype:
-        accumulator.addmm_(a, b)
-    elif a.is_cuda:
-        accumulator += torch.mm(a, b, out_dtype=accumulator.dtype)
-    else:
-        accumulator += torch.mm(a, b)
 
 
 # An operator of its own is one opaque node for torch.compile and export, which would otherwise unroll the walk.
@@ -368,29 +199,22 @@ def _(
     )
 
 
-def save_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Keep the gradients that the forward pass has made, and the dtypes in which autograd expects them."""
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[1:])
-    ctx.dtypes = [value.dtype for value in inputs[:4]]
-    ctx.others = len(inputs) - 4
+_local_loss.register_autograd(LossFunction.backward, setup_context=LossFunction.setup_context)
 
 
-def scale_gradients(ctx: Any, loss_grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    """The saved gradients times that of the loss.
+class _LocalLoss(LossFunction):
+    """The loss of one process."""
 
-    Raises:
-        RuntimeError: Under `create_graph=True`: the saved gradients are constants, so that a second derivative would
-            silently miss them.
-    """
-    if torch.is_grad_enabled():
-        raise RuntimeError("sigmoid_loss can be differentiated only once: do not use create_graph=True with it.")
-    grads = [
-        (grad * loss_grad).to(dtype) if needed else None
-        for grad, dtype, needed in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad, strict=False)
-    ]
-    return (*grads, *(None for _ in range(ctx.others)))
+    forward = staticmethod(_local_loss)
 
-
-_local_loss.register_autograd(scale_gradients, setup_context=save_gradients)
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """The losses of several batches in turn, each in its own walk over tiles."""
+        results = []
+        for place in range(info.batch_size):
+            parts = [
+                value if dim is None else value.select(dim, place) for value, dim in zip(inputs, in_dims, strict=True)
+            ]
+            results.append(_loss_of_one_process(*parts[:-4]))  # the flags are asked of the parts themselves
+        stacked = tuple(torch.stack(values) for values in zip(*results, strict=True))
+        return stacked, (0,) * len(stacked)
