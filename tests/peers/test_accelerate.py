@@ -16,7 +16,7 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
-@pytest.mark.parametrize("name", families.broken(1, families.WITH_HEAD))
+@pytest.mark.parametrize("name", families.CLASSES)
 @pytest.mark.parametrize("dtype", families.DTYPES, ids=str)
 def test_save_model(name, dtype, folder_of, accelerator, tmp_path):
     """What `save_model` writes beside the configuration is a checkpoint with every weight."""
@@ -29,7 +29,7 @@ def test_save_model(name, dtype, folder_of, accelerator, tmp_path):
     families.assert_same_weights(reloaded, model)
 
 
-@pytest.mark.parametrize("name", families.broken(1, families.WITH_HEAD))
+@pytest.mark.parametrize("name", families.CLASSES)
 def test_save_model_in_shards(name, folder_of, accelerator, tmp_path):
     model = families.model_class(name).from_pretrained(folder_of(name))
     accelerator.save_model(model, tmp_path, max_shard_size="60KB")
@@ -38,7 +38,7 @@ def test_save_model_in_shards(name, folder_of, accelerator, tmp_path):
     families.assert_same_weights(families.model_class(name).from_pretrained(tmp_path), model)
 
 
-@pytest.mark.parametrize("name", families.broken(1, families.WITH_HEAD))
+@pytest.mark.parametrize("name", families.CLASSES)
 def test_a_run_is_resumed(name, folder_of, tmp_path):
     """`save_state`, more training, `load_state`: weights and optimizer are those of the moment of saving."""
     accelerator = Accelerator(cpu=True)
@@ -87,7 +87,7 @@ def test_load_checkpoint_and_dispatch(name, folder_of):
     families.assert_same(families.outputs_of(model, name), families.outputs_of(reference, name))
 
 
-@pytest.mark.parametrize("name", families.broken(1, families.WITH_HEAD))
+@pytest.mark.parametrize("name", families.CLASSES)
 def test_load_checkpoint_and_dispatch_of_a_saved_model(name, folder_of, accelerator, tmp_path):
     reference = families.model_class(name).from_pretrained(folder_of(name))
     accelerator.save_model(reference, tmp_path)

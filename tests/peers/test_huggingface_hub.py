@@ -7,7 +7,7 @@ from huggingface_hub import PyTorchModelHubMixin, load_torch_model, save_torch_m
 from . import families
 
 
-@pytest.mark.parametrize("name", families.broken(1, families.WITH_HEAD))
+@pytest.mark.parametrize("name", families.CLASSES)
 @pytest.mark.parametrize("dtype", families.DTYPES, ids=str)
 def test_save_torch_model(name, dtype, folder_of, tmp_path):
     model = families.model_class(name).from_pretrained(folder_of(name, dtype), dtype=dtype)
@@ -27,7 +27,7 @@ class Wrapped(torch.nn.Module, PyTorchModelHubMixin):
         self.own = torch.nn.Linear(64, outputs)
 
 
-@pytest.mark.parametrize("name", families.broken(1, families.WITH_HEAD))
+@pytest.mark.parametrize("name", families.CLASSES)
 def test_model_hub_mixin(name, folder_of, tmp_path):
     model = Wrapped(name, str(folder_of(name)))
     for parameter in model.backbone.parameters():  # so that the backbone's folder does not hold them

@@ -7,7 +7,7 @@ from safetensors.torch import load_model, save_model
 from . import families
 
 
-@pytest.mark.parametrize("name", families.broken(1, families.WITH_HEAD))
+@pytest.mark.parametrize("name", families.CLASSES)
 @pytest.mark.parametrize("dtype", families.DTYPES, ids=str)
 def test_save_and_load(name, dtype, folder_of, tmp_path):
     model = families.model_class(name).from_pretrained(folder_of(name, dtype), dtype=dtype)
@@ -19,7 +19,7 @@ def test_save_and_load(name, dtype, folder_of, tmp_path):
     families.assert_same_weights(fresh, model)
 
 
-@pytest.mark.parametrize("name", families.broken(1, families.WITH_HEAD))
+@pytest.mark.parametrize("name", families.CLASSES)
 def test_a_folder_around_it(name, folder_of, tmp_path):
     """With the configuration beside it, the file is a checkpoint."""
     model = families.model_class(name).from_pretrained(folder_of(name))
