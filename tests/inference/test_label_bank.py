@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -199,10 +203,66 @@ def test_what_is_no_label_is_refused(labels):
 def test_templates():
     assert parse_templates("a {}") == ("a {}",)
     assert parse_templates(["a {}", "{0}!", "a {}"]) == ("a {}", "{0}!")
-    assert parse_templates("{{x}} {:>5}") == ("{{x}} {:>5}",)
+    assert parse_templates("first line\n{}") == ("first line\n{}",)
 
 
-@pytest.mark.parametrize("template", ["a photo", "", "{} and {}", "{1}", "{label}", "{", "{{}}", ["a {}", "b"], [], 3])
-def test_a_template_without_one_place_is_refused(template):
+NO_TEMPLATES = [
+    *("a photo", "", "{} and {}", "{1}", "{label}", "{", "}", "{{}}", "{{x}} {}", "{} }", "{ }", "{00}", 3, []),
+    *("{:>50000000}", "{.__class__}", "{.foo}", "{[a]}", "{0[a]}", "{!r}", "{!r:>9}", "{:{}}", ["a {}", "b"]),
+]
+
+
+@pytest.mark.parametrize("template", NO_TEMPLATES)
+def test_a_template_without_one_place_is_refused(bank, template):
     with pytest.raises(ValueError, match="hypothesis_template"):
         parse_templates(template)
+    with pytest.raises(ValueError, match="hypothesis_template"):
+        bank.class_embeddings(["cat"], template)
+    assert bank.texts_encoded == 0
+
+
+def test_a_long_template_is_not_repeated_in_its_error():
+    with pytest.raises(ValueError, match="no single") as caught:
+        parse_templates("x" * 1_000_000)
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("half", ["\ud800", "a \udcff {}"])
+def test_half_a_character_is_refused_with_the_text(half):
+    with pytest.raises(ValueError, match="cannot be a label: the character at place"):
+        parse_labels(["cat", half])
+    with pytest.raises(ValueError, match="cannot be a template: the character at place"):
+        parse_templates(half.replace(" {}", "") + "{}")
+
+
+def test_threads_that_share_a_bank_get_their_own_answers_and_encode_each_label_once(bank):
+    labels = [f"label {i}" for i in range(40)]
+    expected = direct(bank, labels)
+    encode, meet = bank.model.encode_text, threading.Barrier(8, timeout=30)
+
+    def slow(input_ids):
+        time.sleep(0.001)  # lets another thread in between the question and the answer
+        return encode(input_ids)
+
+    bank.model.encode_text = slow
+    bank.max_bytes = 10**6
+
+    def ask(thread):
+        meet.wait()
+        for start in range(0, 40, 4):
+            places = [(start + thread * 4 + i) % 40 for i in range(4)]
+            rows = bank.class_embeddings([labels[i] for i in places], ["{}"])
+            torch.testing.assert_close(rows, expected[places], atol=1e-6, rtol=0)
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(ask, range(8)))
+    assert bank.texts_encoded == len(bank) == 40
+
+
+def test_a_bank_can_be_copied(bank):
+    rows = bank.class_embeddings(["cat"], ["{}"])
+    other = copy.deepcopy(bank)
+    torch.testing.assert_close(other.class_embeddings(["cat"], ["{}"]), rows, atol=0, rtol=0)
+    other.clear()
+    assert (len(other), len(bank)) == (0, 1)

@@ -6,7 +6,9 @@ Zero-shot weights from several templates: the mean of the normalized text embedd
 
 from __future__ import annotations
 
-import string
+import re
+import reprlib
+import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -19,6 +21,8 @@ DEFAULT_MAX_BYTES = 256 * 2**20
 
 #: Texts per forward of the text tower.
 DEFAULT_CHUNK_SIZE = 64
+
+_ONE_PLACE = re.compile(r"[^{}]*\{0?\}[^{}]*")
 
 
 def parse_labels(candidate_labels: str | Iterable[str]) -> tuple[str, ...]:
@@ -46,35 +50,43 @@ def parse_labels(candidate_labels: str | Iterable[str]) -> tuple[str, ...]:
             raise ValueError(
                 f"{label!r} among the candidate_labels is not a label; each must be a string with words in it."
             )
+        check_characters(label, "a label")
     return tuple(dict.fromkeys(labels))
 
 
 def parse_templates(hypothesis_template: str | Iterable[str]) -> tuple[str, ...]:
     """One or several templates, each checked to have exactly one place for the label.
 
+    The place is `{}` or `{0}`. Nothing else may stand in braces: a template is no format string with widths or
+    attributes, which could cost memory without bound. A template that passes can be filled by `str.format`.
+
     Raises:
-        ValueError: if there is no template, or one without a single `{}`.
+        ValueError: if there is no template, or one without a single place for the label.
     """
     is_one = isinstance(hypothesis_template, str) or not isinstance(hypothesis_template, Iterable)
     templates: list[Any] = [hypothesis_template] if is_one else list(hypothesis_template)
     if not templates:
         raise ValueError("hypothesis_template is empty; pass at least one template, such as 'This is a photo of {}.'")
     for template in templates:
-        if not isinstance(template, str) or not _takes_one_label(template):
+        if not isinstance(template, str) or not _ONE_PLACE.fullmatch(template):
             raise ValueError(
-                f"hypothesis_template {template!r} has no single '{{}}' where the label goes; write for instance "
-                "'This is a photo of {}.', or '{}' if the labels are whole captions already."
+                f"hypothesis_template {reprlib.repr(template)} has no single '{{}}' where the label goes, or other "
+                "braces; write for instance 'This is a photo of {}.', or '{}' if the labels are whole captions already."
             )
+        check_characters(template, "a template")
     return tuple(dict.fromkeys(templates))
 
 
-def _takes_one_label(template: str) -> bool:
+def check_characters(text: str, what: str) -> None:
+    """Refuses a text with half a character in it, which no tokenizer takes: bytes that were no UTF-8.
+
+    Raises:
+        ValueError: with the text.
+    """
     try:
-        fields = [field for _, field, _, _ in string.Formatter().parse(template) if field is not None]
-        template.format("label")
-    except (ValueError, LookupError):  # an unmatched brace, or a field that is not the first positional one
-        return False
-    return len(fields) == 1
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{text!r} cannot be {what}: the character at place {error.start} is not valid Unicode.") from error
 
 
 class LabelBank:
@@ -83,7 +95,7 @@ class LabelBank:
     A row belongs to a label, the templates and the tokenizer's arguments. All rows are dropped when the text tower's
     weights change: another tensor, dtype or device, or an in-place update that autograd counts (an optimizer's step,
     `load_state_dict`). What autograd does not count (writing through `weight.data`, switching between adapters) needs
-    `clear()`.
+    `clear()`. Threads may share a bank: they take turns.
 
     Attributes:
         model: a model with `encode_text(input_ids) -> (B, E)`, normalized.
@@ -114,6 +126,13 @@ class LabelBank:
         self._weights: tuple[Any, ...] = ()
         # The last answer, whole: a stream of pictures asks the same question for each batch.
         self._last: tuple[tuple[Any, ...], torch.Tensor] | None = None
+        self._lock = threading.RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.RLock())
 
     def __len__(self) -> int:
         """Number of classes remembered."""
@@ -121,9 +140,10 @@ class LabelBank:
 
     def clear(self) -> None:
         """Forgets everything."""
-        self._rows.clear()
-        self._bytes = 0
-        self._last = None
+        with self._lock:
+            self._rows.clear()
+            self._bytes = 0
+            self._last = None
 
     @torch.no_grad()
     def class_embeddings(
@@ -142,23 +162,29 @@ class LabelBank:
 
         Returns:
             (C, E) float32, where the model puts it. Not to be written to.
+
+        Raises:
+            ValueError: for templates that `parse_templates` refuses.
         """
-        if (weights := self._weights_state()) != self._weights:
-            self.clear()
-            self._weights = weights
+        templates = parse_templates(templates)
         options = {**self._trained_text_form(), **(tokenizer_kwargs or {})}
-        context = (tuple(templates), repr(sorted(options.items())))
+        context = (templates, repr(sorted(options.items())))
         question = (tuple(labels), *context)
-        if self._last is not None and self._last[0] == question:
+        with self._lock:
+            if (weights := self._weights_state()) != self._weights:
+                self.clear()
+                self._weights = weights
+            if self._last is None or self._last[0] != question:
+                self._last = (question, self._answer(labels, context, options))
             return self._last[1]
 
+    def _answer(
+        self, labels: Sequence[str], context: tuple[tuple[str, ...], str], options: Mapping[str, Any]
+    ) -> torch.Tensor:
         if options["padding"] == "max_length":
-            answer = self._recall(labels, context, options)
-        else:
-            # The padding of a text, hence its embedding, depends on the other texts: only whole answers are kept.
-            answer = self._encode(labels, context[0], options, chunk_size=len(labels) * len(templates))
-        self._last = (question, answer)
-        return answer
+            return self._recall(labels, context, options)
+        # The padding of a text, hence its embedding, depends on the other texts: only whole answers are kept.
+        return self._encode(labels, context[0], options, chunk_size=len(labels) * len(context[0]))
 
     def _recall(
         self, labels: Sequence[str], context: tuple[tuple[str, ...], str], options: Mapping[str, Any]

@@ -6,6 +6,7 @@ The contract is that of `ZeroShotImageClassificationPipeline` in transformers, w
 from __future__ import annotations
 
 import difflib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ _OPTIONS = (
     "timeout",
 )
 _CALL_OPTIONS = ("image", "images", "batch_size", "num_workers")
+# Of the module, because a pipeline with a lock could not be copied.
+_MAKING_A_BANK = threading.Lock()
 # What `transformers.pipeline` hands on to the class although it has used it itself.
 _LOADING_ARGUMENTS = ("local_files_only", "torch_dtype", "dtype", "args_parser")
 
@@ -89,15 +92,16 @@ class SiglipZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipel
     @property
     def label_bank(self) -> LabelBank:
         """The class embeddings known so far. A new model, tokenizer or device starts a new one."""
-        bank = self._label_bank
-        if (
-            bank is None
-            or bank.model is not self.model
-            or bank.tokenizer is not self.tokenizer
-            or bank.device != self.device
-        ):
-            bank = self._label_bank = LabelBank(self.model, self.tokenizer, device=self.device)
-        return bank
+        with _MAKING_A_BANK:
+            bank = self._label_bank
+            if (
+                bank is None
+                or bank.model is not self.model
+                or bank.tokenizer is not self.tokenizer
+                or bank.device != self.device
+            ):
+                bank = self._label_bank = LabelBank(self.model, self.tokenizer, device=self.device)
+            return bank
 
     def __call__(self, image: Any = None, candidate_labels: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
         """Scores each picture against each label.
