@@ -2,7 +2,11 @@
 
 import copy
 import platform
+import threading
+import types
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,7 @@ import transformers.activations
 import siglip_hf
 import tiny
 import tiny_siglip2
-from siglip_hf.inference.optimize import optimization, packed
+from siglip_hf.inference.optimize import onednn, optimization, packed
 from siglip_hf.inference.optimize.packed import PackedEncoderLayer, is_packable
 
 pytestmark = pytest.mark.skipif(
@@ -327,6 +331,88 @@ def test_bfloat16_falls_back_to_float32(model, monkeypatch):
     assert model.optimization.dtype == "float32"
     assert model.optimization.packed_blocks == 3
     torch.testing.assert_close(embed(model)[0], want[0], atol=1e-5, rtol=0)
+
+
+def test_a_product_that_oneDNN_refuses_leaves_the_plain_model(model, monkeypatch):
+    want, state = embed(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    made = []
+
+    def pack(block, dtype, int8):
+        made.append(block)
+        if len(made) == 2:
+            raise RuntimeError("could not create a primitive\nmore")
+        return PackedEncoderLayer(block, dtype, int8)
+
+    monkeypatch.setattr(optimization, "PackedEncoderLayer", pack)
+    siglip_hf.optimize(model, torch.float32)
+    assert model.optimization.packed_blocks == 0
+    assert "not in float32: could not create a primitive" in model.optimization.notes
+    assert {name: torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items()} == dict.fromkeys(
+        state, True
+    )
+    for ours, plain in zip(embed(model), want, strict=True):
+        assert torch.equal(ours, plain)
+
+
+@pytest.fixture
+def fresh_self_test():
+    onednn.why_not.cache_clear()
+    yield
+    onednn.why_not.cache_clear()
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("missing", ["mkldnn", "onednn"])
+def test_operators_that_torch_no_longer_has_leave_the_plain_model(model, monkeypatch, fresh_self_test, missing, int8):
+    want = embed(model)
+    monkeypatch.setattr(torch.ops, missing, types.SimpleNamespace())
+    siglip_hf.optimize(model, torch.float32, int8=int8)
+    needed = "onednn" if int8 else "mkldnn"
+    assert model.optimization.packed_blocks == (0 if missing == needed else 3)
+    assert any("do not work here (AttributeError" in note for note in model.optimization.notes) == (missing == needed)
+    if missing == needed:
+        assert model.optimization.notes[-1].startswith("left as it is")
+        for ours, plain in zip(embed(model), want, strict=True):
+            assert torch.equal(ours, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_that_give_other_numbers_are_noticed(model, monkeypatch, fresh_self_test, dtype):
+    assert onednn.why_not(dtype) is None
+    assert onednn.why_not(dtype, int8=True) is None
+    onednn.why_not.cache_clear()
+    linear, linear_int8 = onednn.linear, onednn.linear_int8
+    monkeypatch.setattr(onednn, "linear", lambda *arguments: linear(*arguments) * 1.2)
+    monkeypatch.setattr(onednn, "linear_int8", lambda *arguments: linear_int8(*arguments) * 1.2)
+    assert "other numbers" in onednn.why_not(dtype)
+    assert "other numbers" in onednn.why_not(dtype, int8=True)
+    assert siglip_hf.optimize(model, dtype).optimization.packed_blocks == 0
+
+
+def test_only_one_module_calls_the_private_operators():
+    package = Path(siglip_hf.__file__).parent
+    calls = [
+        path.name
+        for path in package.rglob("*.py")
+        if "torch.ops.mkldnn" in (text := path.read_text()) or "torch.ops.onednn" in text
+    ]
+    assert calls == ["onednn.py"]
+
+
+def test_eight_threads_that_optimize_one_model_do_it_once(model):
+    want, meet = embed(model), threading.Barrier(8, timeout=30)
+
+    def work(_):
+        meet.wait()
+        return siglip_hf.optimize(model, torch.float32).optimization, embed(model)
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(8)))
+    assert len({id(report) for report, _ in results}) == 1
+    assert results[0][0].packed_blocks == 3
+    for _, embeds in results:
+        for ours, plain in zip(embeds, want, strict=True):
+            torch.testing.assert_close(ours, plain, atol=1e-5, rtol=0)
 
 
 # What stays as it is

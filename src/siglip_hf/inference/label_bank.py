@@ -86,7 +86,9 @@ def check_characters(text: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{text!r} cannot be {what}: the character at place {error.start} is not valid Unicode.") from error
+        raise ValueError(
+            f"{text!r} cannot be {what}: the character at place {error.start} is not valid Unicode."
+        ) from error
 
 
 class LabelBank:

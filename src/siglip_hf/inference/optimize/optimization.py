@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,8 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from siglip_hf.inference.optimize.packed import PackedEncoderLayer, is_packable, release
+from siglip_hf.inference.optimize import onednn
+from siglip_hf.inference.optimize.packed import PackedEncoderLayer, is_packable, linears, release
 from siglip_hf.models.configuration_siglip import SiglipTextConfig, as_pair
 from siglip_hf.models.configuration_siglip2 import Siglip2VisionConfig
 from siglip_hf.models.layers import SiglipEncoder, SiglipEncoderLayer
@@ -31,6 +33,9 @@ LARGEST_DIFFERENCE = 1e-5
 LEAST_COSINE_INT8 = 0.99
 
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+# A model is being changed in place: a second thread that asks for the same must wait for it.
+_ONE_AT_A_TIME = threading.RLock()
 
 _PROBES = 2  # pictures, and texts: enough to see a fault, few enough that nobody waits for it
 
@@ -66,7 +71,9 @@ def optimize(model: Model, dtype: torch.dtype | None = None, *, int8: bool = Fal
 
     An optimized model gives embeddings and hidden states; it has no gradients, attention weights or state dict. What
     cannot be packed (blocks with LoRA, quantized weights, hooks or offload; models on an accelerator) stays as it is,
-    and the report says so. Calling it again does nothing.
+    and the report says so. Calling it again does nothing. Threads may call it for one model: the first does it, the
+    others wait; but none may compute with the model meanwhile. torch gets no more threads than there are usable cores,
+    in all of the process.
 
     Args:
         model: A `SiglipModel`, `Siglip2Model`, one of their towers or classifiers, in whatever dtype it was loaded.
@@ -82,10 +89,16 @@ def optimize(model: Model, dtype: torch.dtype | None = None, *, int8: bool = Fal
     Raises:
         ValueError: For another dtype.
     """
-    if isinstance(getattr(model, "optimization", None), Optimization):
-        return model
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype} is none to optimize for; pass torch.bfloat16, torch.float32 or None.")
+    with _ONE_AT_A_TIME:
+        if not isinstance(getattr(model, "optimization", None), Optimization):
+            model.optimization = _optimize(model, dtype, int8)  # type: ignore[assignment]
+    return model
+
+
+def _optimize(model: nn.Module, dtype: torch.dtype | None, int8: bool) -> Optimization:
+    """Does it; the report."""
     report = Optimization(
         dtype=str(getattr(model, "dtype", "")).removeprefix("torch."), threads=torch.get_num_threads()
     )
@@ -107,8 +120,7 @@ def optimize(model: Model, dtype: torch.dtype | None = None, *, int8: bool = Fal
             report.dtype = _name(dtype)
         if not any(_pack(model, choice, report, int8) for choice in choices):
             report.notes.append("left as it is: no faster way gave the same embeddings")
-    model.optimization = report  # type: ignore[assignment]
-    return model
+    return report
 
 
 def multiplies_bfloat16() -> bool:
@@ -173,32 +185,39 @@ def _pack(model: nn.Module, dtype: torch.dtype, report: Optimization, int8: bool
     Returns:
         Whether the model is packed.
     """
+    if reason := onednn.why_not(dtype, int8):
+        report.notes.append(f"not in {_name(dtype)}{' with int8' if int8 else ''}: {reason}")
+        return False
     before = _embed_probe(model)
     only_reordered = {parameter.dtype for parameter in model.parameters()} == {dtype} and not int8
     blocks = [
         (encoder.layers, index, block) for encoder in _encoders(model) for index, block in enumerate(_to_pack(encoder))
     ]
-    for layers, index, block in blocks:
-        layers[index] = PackedEncoderLayer(block, dtype, int8)
-        if only_reordered:
-            release(block)
-    others = [*model.parameters(), *model.buffers()]
-    data = [tensor.data for tensor in others]
-    model.to(dtype)  # type: ignore[call-overload]
-    after = _embed_probe(model)
-
-    cosine = nn.functional.cosine_similarity(before, after).min().item()
-    difference = (before - after).abs().max().item()
-    exact = only_reordered and dtype == torch.float32
-    least = LEAST_COSINE_INT8 if int8 else LEAST_COSINE
-    if not (difference <= LARGEST_DIFFERENCE if exact else cosine >= least):
+    original = [(tensor, tensor.data) for tensor in _tensors_outside(model, [block for _, _, block in blocks])]
+    trouble = None
+    try:
         for layers, index, block in blocks:
+            layers[index] = PackedEncoderLayer(block, dtype, int8)
             if only_reordered:
+                release(block)
+        model.to(dtype)  # type: ignore[call-overload]
+        after = _embed_probe(model)
+        cosine = nn.functional.cosine_similarity(before, after).min().item()
+        difference = (before - after).abs().max().item()
+        exact = only_reordered and dtype == torch.float32
+        least = LEAST_COSINE_INT8 if int8 else LEAST_COSINE
+        if not (difference <= LARGEST_DIFFERENCE if exact else cosine >= least):
+            trouble = f"the probe's embeddings differ (least cosine {cosine:.6f})"
+    except RuntimeError as error:  # of oneDNN, for shapes that its self-test does not have
+        trouble = str(error).splitlines()[0]
+    if trouble:
+        for layers, index, block in blocks:
+            if only_reordered and layers[index] is not block:
                 layers[index].unpack_into(block)  # type: ignore[operator]
             layers[index] = block
-        for tensor, original in zip(others, data, strict=True):
-            tensor.data = original
-        report.notes.append(f"not in {_name(dtype)}: the probe's embeddings differ (least cosine {cosine:.6f})")
+        for tensor, data in original:
+            tensor.data = data
+        report.notes.append(f"not in {_name(dtype)}: {trouble}")
         return False
 
     report.dtype, report.cosine, report.packed_blocks = _name(dtype), cosine, len(blocks)
@@ -207,6 +226,12 @@ def _pack(model: nn.Module, dtype: torch.dtype, report: Optimization, int8: bool
     report.notes.append(f"least cosine to the model before, on {len(before)} probe inputs: {cosine:.6f}")
     model.requires_grad_(False)
     return True
+
+
+def _tensors_outside(model: nn.Module, blocks: list[SiglipEncoderLayer]) -> list[torch.Tensor]:
+    """Parameters and buffers beside the linear weights of blocks: `model.to` changes them once those are packed."""
+    packed = {id(parameter) for block in blocks for linear in linears(block) for parameter in linear.parameters()}
+    return [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in packed]
 
 
 def _encoders(model: nn.Module) -> list[SiglipEncoder]:

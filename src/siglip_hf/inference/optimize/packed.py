@@ -13,15 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from siglip_hf.inference.optimize import onednn
 from siglip_hf.models.layers import SiglipEncoderLayer, is_plain_linear
-
-#: Activations that oneDNN applies to a product while it is in the registers: our name -> its name and algorithm.
-_FUSED_ACTIVATIONS = {
-    "gelu_pytorch_tanh": ("gelu", "tanh"),
-    "gelu_new": ("gelu", "tanh"),
-    "gelu": ("gelu", "none"),
-    "relu": ("relu", ""),
-}
 
 #: Attention scores made at a time; 4 MiB in bfloat16 stay in the cache.
 _SCORES_AT_A_TIME = 2**21
@@ -41,18 +34,19 @@ def is_packable(block: nn.Module) -> bool:
         module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in block.modules()
     )
     return not hooked and all(
-        is_plain_linear(linear) and linear.weight.device.type == "cpu" for linear in _linears(block)
+        is_plain_linear(linear) and linear.weight.device.type == "cpu" for linear in linears(block)
     )
 
 
-def _linears(block: SiglipEncoderLayer) -> tuple[nn.Linear, ...]:
+def linears(block: SiglipEncoderLayer) -> tuple[nn.Linear, ...]:
+    """The linear layers of a block: queries, keys, values, their output, and the two of the MLP."""
     attention, mlp = block.self_attn, block.mlp
     return attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2
 
 
 def release(block: SiglipEncoderLayer) -> None:
     """Drops the weights of a block's linear layers; `PackedEncoderLayer.unpack_into` brings them back."""
-    for linear in _linears(block):
+    for linear in linears(block):
         linear.to("meta")
 
 
@@ -68,14 +62,13 @@ class PackedLinear:
     def __init__(self, *layers: nn.Linear, dtype: torch.dtype, activation: str | None = None):
         weights = [layer.weight.detach().to(dtype) for layer in layers]
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)  # cat copies even a single one
-        self.weight: Any = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.weight: Any = onednn.pack(weight)
         self.bias = torch.cat([layer.bias.detach() for layer in layers]).to(dtype)
-        self.fused = ("none", "") if activation is None else _FUSED_ACTIVATIONS.get(activation)
+        self.fused = activation if activation in onednn.FUSED_ACTIVATIONS else None
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Maps (..., in) to (..., out), with the activation if it is one of those that can be fused."""
-        name, algorithm = self.fused or ("none", "")
-        return torch.ops.mkldnn._linear_pointwise(states, self.weight, self.bias, name, [], algorithm)
+        return onednn.linear(states, self.weight, self.bias, self.fused)
 
     def unpack(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The weight (out, in) and the bias (out,), bit for bit as they were packed."""
@@ -86,7 +79,7 @@ class PackedLinear:
 
     def add_to(self, residual: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Maps (..., in) to (..., out) and adds it to `residual` (..., out)."""
-        return torch.ops.mkldnn._linear_pointwise.binary(states, residual, self.weight, self.bias, "add")
+        return onednn.linear_add(residual, states, self.weight, self.bias)
 
 
 class Int8Linear(PackedLinear):
@@ -100,28 +93,20 @@ class Int8Linear(PackedLinear):
 
     def __init__(self, *layers: nn.Linear, dtype: torch.dtype, activation: str | None = None):
         weight = torch.cat([layer.weight.detach() for layer in layers]).float()
-        self.scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127  # (out,)
-        self.zero_points = torch.zeros(len(weight), dtype=torch.long)
-        self.weight = torch.ops.onednn.qlinear_prepack((weight / self.scales[:, None]).round().to(torch.int8), None)
+        scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127  # (out,)
+        packed = onednn.pack_int8((weight / scales[:, None]).round().to(torch.int8))
+        self.weight = packed, scales, torch.zeros(len(weight), dtype=torch.long)
         self.bias = torch.cat([layer.bias.detach() for layer in layers]).float()
         self.dtype = dtype
-        self.fused = ("none", "") if activation is None else _FUSED_ACTIVATIONS.get(activation)
+        self.fused = activation if activation in onednn.FUSED_ACTIVATIONS else None
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Maps (..., in) to (..., out), with the activation if it is one of those that can be fused."""
-        name, algorithm = self.fused or ("none", "")
-        weight = (self.weight, self.scales, self.zero_points)
-        return torch.ops.onednn.qlinear_pointwise(
-            *_quantize(states), *weight, self.bias, 1.0, 0, self.dtype, name, [], algorithm
-        )
+        return onednn.linear_int8(_quantize(states), self.weight, self.bias, self.dtype, self.fused)
 
     def add_to(self, residual: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """Maps (..., in) to (..., out) and adds it to `residual` (..., out)."""
-        weight = (self.weight, self.scales, self.zero_points)
-        residual = residual.contiguous()  # the product takes it to be so, without a check
-        return torch.ops.onednn.qlinear_pointwise.binary(
-            *_quantize(states), *weight, residual, self.bias, 1.0, 0, self.dtype, 1.0, 0, "add", 1.0, "none", [], ""
-        )
+        return onednn.linear_int8_add(residual, _quantize(states), self.weight, self.bias, self.dtype)
 
 
 def _quantize(states: torch.Tensor) -> tuple[torch.Tensor, float, int]:
@@ -176,7 +161,7 @@ class PackedEncoderLayer(SiglipEncoderLayer):
         # Clones, since savers refuse parameters that share storage.
         parts = [[part.clone() for part in tensor.chunk(3)] for tensor in (weight, bias)]
         restored = [*zip(*parts, strict=True), *others]
-        for linear, (weight, bias) in zip(_linears(block), restored, strict=True):
+        for linear, (weight, bias) in zip(linears(block), restored, strict=True):
             linear.weight = nn.Parameter(weight, linear.weight.requires_grad)
             linear.bias = nn.Parameter(bias, linear.bias.requires_grad)
 
