@@ -2,11 +2,13 @@
 
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
-from siglip_hf.parallel import in_threads
+from siglip_hf import parallel
+from siglip_hf.parallel import in_threads, one_torch_thread
 
 
 @pytest.fixture(params=[1, 3])
@@ -64,3 +66,28 @@ def test_each_thread_takes_a_run_of_a_list(threads):
     assert list(in_threads(work, items)) == [item * item for item in items]
     runs = [items] if threads == 1 else [items[:4], items[4:8], items[8:]]
     assert all(len({names[item] for item in run}) == 1 for run in runs)
+
+
+def test_a_quota_of_the_control_group_counts(monkeypatch, tmp_path):
+    quota = tmp_path / "cpu.max"
+    monkeypatch.setattr(parallel, "_CPU_QUOTA", quota)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    for text, cores in (("max 100000\n", 8), ("250000 100000\n", 3), ("50000 100000\n", 1)):
+        quota.write_text(text)
+        assert parallel.usable_cores() == cores
+
+
+def test_one_torch_thread_is_for_the_thread_that_asks():
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(1) as asked:
+            assert asked.submit(torch.get_num_threads).result() == 3
+            asked.submit(one_torch_thread).result()
+            with ThreadPoolExecutor(1) as later:
+                assert later.submit(torch.get_num_threads).result() == 3
+            asked.submit(lambda: torch.rand(300, 300) @ torch.rand(300, 300)).result()
+            assert asked.submit(torch.get_num_threads).result() == 1
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)

@@ -5,18 +5,47 @@ Decoding and resizing release Python's lock, so that threads help.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+from threadpoolctl import ThreadpoolController
+
+_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def usable_cores() -> int:
+    """Cores that this process may use, by its affinity and its control group's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if _CPU_QUOTA.is_file():
+        limit, _, period = _CPU_QUOTA.read_text().strip().partition(" ")
+        if limit.isdigit() and period.isdigit():
+            cores = min(cores, math.ceil(int(limit) / int(period)))
+    return max(1, cores)
+
+
+def one_torch_thread() -> None:
+    """Lets torch use one thread in the thread that calls this, for the rest of its life; all others keep theirs.
+
+    `torch.set_num_threads` would also set the number that threads begin with which start later, anywhere.
+    """
+    torch.get_num_threads()  # a thread's first use of torch sets its number, and would undo what came before
+    _openmp().limit(limits=1)
+
+
+@functools.cache
+def _openmp() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="openmp")
 
 
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

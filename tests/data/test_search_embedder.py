@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -171,3 +172,29 @@ def test_an_accelerator_gets_the_same_batches(checkpoint, pictures, expected, mo
     monkeypatch.setattr(ahead, "encode_images", encode_images)
     np.testing.assert_allclose(ahead.embed_images(pictures), expected, atol=1e-5)
     assert shapes == [(10, 3, 32, 32), (10, 3, 32, 32), (1, 3, 32, 32)]
+
+
+def test_a_thread_that_starts_while_another_embeds_keeps_its_torch_threads(checkpoint, pictures, monkeypatch):
+    embedder = SiglipEmbedder(checkpoint, device="cpu", batch_size=10, fast=False, workers=2)
+    prepare, inside, beside = embedder.prepare_images, set(), set()
+
+    def prepare_and_look(pictures):
+        inside.add(torch.get_num_threads())
+        with ThreadPoolExecutor(1) as another:
+            beside.add(another.submit(torch.get_num_threads).result())
+        return prepare(pictures)
+
+    monkeypatch.setattr(embedder, "prepare_images", prepare_and_look)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        embedder.embed_images(pictures)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert (inside, beside) == ({1}, {3})
+
+
+def test_half_a_character_is_no_text(embedder):
+    with pytest.raises(ValueError, match=r"'a \\udcff' cannot be a text: the character at place 2"):
+        embedder.embed_texts(["a cat", "a \udcff"])

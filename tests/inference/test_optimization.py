@@ -264,15 +264,6 @@ def test_no_more_threads_than_cores(model, monkeypatch, threads):
     assert torch.get_num_threads() == 1  # what was set on purpose is not raised
 
 
-def test_a_quota_of_the_control_group_counts(monkeypatch, tmp_path):
-    quota = tmp_path / "cpu.max"
-    monkeypatch.setattr(optimization, "_CPU_QUOTA", quota)
-    monkeypatch.setattr(optimization.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
-    for text, cores in (("max 100000\n", 8), ("250000 100000\n", 3), ("50000 100000\n", 1)):
-        quota.write_text(text)
-        assert optimization.usable_cores() == cores
-
-
 # The guard
 
 

@@ -16,8 +16,9 @@ from PIL import Image
 
 from siglip_hf.data.sources import Record, Source, open_source
 from siglip_hf.files import parse_json, sha256_of_files
+from siglip_hf.inference.label_bank import check_characters
 from siglip_hf.inference.optimize.optimization import multiplies_bfloat16, optimize
-from siglip_hf.parallel import prefetch
+from siglip_hf.parallel import one_torch_thread, prefetch, usable_cores
 from siglip_hf.preprocessing.image_intake import load_picture
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class SiglipEmbedder:
         self.device = _device(device)
         self.dtype = _dtype(dtype, self.device)
         self.batch_size, self.fast = batch_size, fast
-        self.workers = workers or _cores()
+        self.workers = workers or usable_cores()
         self.model, self.processor = _load(self.name, self.dtype, self.device)
         if fast and self.device.type == "cpu" and self.dtype != torch.float16:
             optimize(self.model, self.dtype)
@@ -187,6 +188,7 @@ class SiglipEmbedder:
         for text in texts:
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(f"{text!r} is not a text; pass strings with words in them.")
+            check_characters(text, "a text")
         batches = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
         results = [self.encode_texts(batch) for batch in batches]
         return np.concatenate(results) if results else np.empty((0, self.dimension), np.float32)
@@ -266,11 +268,10 @@ class SiglipEmbedder:
             for begin, end in ((begin, min(begin + size, len(items))) for begin in range(0, len(items), size))
         ]
         depth = self.workers + 2 * -(-size // CHUNK_SIZE)
-        threads = torch.get_num_threads()
 
         def prepare_chunk(chunk: range) -> Any:
-            if torch.get_num_threads() != 1:  # in this thread: those beside it are the parallelism
-                torch.set_num_threads(1)
+            if torch.get_num_threads() != 1:  # those beside it are the parallelism
+                one_torch_thread()
             return prepare([items[i] for i in chunk])
 
         def prepared_batches() -> Iterator[list[Any]]:
@@ -284,16 +285,13 @@ class SiglipEmbedder:
                 for batch in batches:
                     yield list(itertools.islice(ahead, len(batch)))
 
-        try:
-            for done in prepared_batches():
-                inputs = [prepared for _, prepared in done if prepared is not None]
-                if inputs:
-                    embeds = self.encode_images({name: torch.cat([one[name] for one in inputs]) for name in inputs[0]})
-                else:
-                    embeds = np.empty((0, self.dimension), np.float32)
-                yield [result for result, _ in done], embeds
-        finally:
-            torch.set_num_threads(threads)  # threads that begin later take over the last number set anywhere
+        for done in prepared_batches():
+            inputs = [prepared for _, prepared in done if prepared is not None]
+            if inputs:
+                embeds = self.encode_images({name: torch.cat([one[name] for one in inputs]) for name in inputs[0]})
+            else:
+                embeds = np.empty((0, self.dimension), np.float32)
+            yield [result for result, _ in done], embeds
 
 
 def _as_pictures(pictures: Any) -> Iterable[Any]:
@@ -336,10 +334,6 @@ def _computes_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and multiplies_bfloat16()
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:

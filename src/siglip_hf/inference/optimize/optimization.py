@@ -5,12 +5,9 @@ Nothing is compiled, so there is no warm-up: the weights are packed once, in les
 
 from __future__ import annotations
 
-import math
-import os
 import platform
 import threading
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -23,6 +20,7 @@ from siglip_hf.models.configuration_siglip import SiglipTextConfig, as_pair
 from siglip_hf.models.configuration_siglip2 import Siglip2VisionConfig
 from siglip_hf.models.layers import SiglipEncoder, SiglipEncoderLayer
 from siglip_hf.models.modeling_siglip import SiglipPreTrainedModel, SiglipTextModel, SiglipVisionModel, l2_normalize
+from siglip_hf.parallel import usable_cores
 
 logger = logging.get_logger(__name__)
 
@@ -31,8 +29,6 @@ logger = logging.get_logger(__name__)
 LEAST_COSINE = 0.9999
 LARGEST_DIFFERENCE = 1e-5
 LEAST_COSINE_INT8 = 0.99
-
-_CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 # A model is being changed in place: a second thread that asks for the same must wait for it.
 _ONE_AT_A_TIME = threading.RLock()
@@ -163,16 +159,6 @@ def _limit_threads(report: Optimization) -> None:
     else:
         report.notes.append(f"{torch.get_num_threads()} threads, as torch has set; {usable} cores are usable")
     report.threads = torch.get_num_threads()
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, by its affinity and its control group's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if _CPU_QUOTA.is_file():
-        limit, _, period = _CPU_QUOTA.read_text().strip().partition(" ")
-        if limit.isdigit() and period.isdigit():
-            cores = min(cores, math.ceil(int(limit) / int(period)))
-    return max(1, cores)
 
 
 @torch.no_grad()
