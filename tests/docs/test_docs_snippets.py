@@ -34,6 +34,7 @@ from tiny_siglip2 import write_naflex
 
 ROOT = Path(__file__).parents[2]
 FIXTURES = ROOT / "tests" / "fixtures"
+PICTURES = ROOT / "src" / "siglip_hf" / "apps" / "pictures"
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
@@ -93,14 +94,15 @@ def write_original_weights(folder: Path) -> None:
 
 def set_the_scene(page: Path, folder: Path) -> Callable[[str], str]:
     """Puts what a page names into a folder, and returns what turns published names into local ones."""
-    (folder / "tests").symlink_to(ROOT / "tests")
+    for name in ("tests", "src"):
+        (folder / name).symlink_to(ROOT / name)
     text = page.read_text()
     if " photos\n" not in text:  # else the page makes the folder itself
-        shutil.copytree(FIXTURES / "pictures", folder / "photos", ignore=lambda _, names: {"README.md"} & set(names))
-    for file in (FIXTURES / "pictures").glob("*.png"):
+        shutil.copytree(PICTURES, folder / "photos", ignore=lambda _, names: {"README.md"} & set(names))
+    for file in PICTURES.glob("*.png"):
         shutil.copy(file, folder)
     for name, size in (("panorama.png", (240, 60)), ("page.png", (120, 170)), ("thumbnail.png", (40, 40))):
-        Image.open(FIXTURES / "pictures" / "cat.png").resize(size).save(folder / name)
+        Image.open(PICTURES / "cat.png").resize(size).save(folder / name)
     if re.search(r"google/siglip[\w-]*naflex", text):
         write_naflex(folder / "naflex")
     if ".npz" in text:
