@@ -357,19 +357,23 @@ def test_results(processor_class):
 
 
 @BOTH
-def test_none_means_the_default(processor_class):
-    processor = processor_class(size=SMALL, do_normalize=False)
-    expected = values(processor, noise(50, 60))
-    nones = dict.fromkeys(("do_resize", "size", "resample", "do_rescale", "rescale_factor", "do_normalize"))
-    np.testing.assert_array_equal(values(processor, noise(50, 60), **nones, do_convert_rgb=None), expected)
-    assert expected.min() >= 0
+def test_none_is_off_for_a_switch_and_else_the_default(processor_class):
+    processor = processor_class(size=SMALL)
+    nones = dict.fromkeys(("size", "resample", "rescale_factor", "image_mean", "image_std", "device"))
+    np.testing.assert_array_equal(values(processor, noise(50, 60), **nones), values(processor, noise(50, 60)))
+    for switch in ("do_resize", "do_rescale", "do_normalize"):
+        off, none = (processor(noise(16, 16), return_tensors="np", **{switch: value}) for value in (False, None))
+        np.testing.assert_array_equal(none.pixel_values, off.pixel_values)
+    gray = Image.fromarray(noise(16, 16)[:, :, 0])
+    assert processor(gray, do_convert_rgb=None, do_normalize=False, return_tensors="np").pixel_values.shape[1] == 1
+    assert processor_class(size=SMALL, do_convert_rgb=None).do_convert_rgb is True
 
 
 @BOTH
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"do_rezise": True, "sise": 3}, "do_rezise, sise"),
+        ({"do_rezise": True}, "do_rezise; did you mean do_resize"),
         ({"size": "large"}, "size"),
         ({"size": {"height": 3}}, "height"),
         ({"size": {"min_pixels": 3, "max_pixels": 5}}, "min_pixels"),

@@ -5,7 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from siglip_hf import Siglip2ImageProcessorFast, SiglipImageProcessorFast, image_tensors
+from siglip_hf import Siglip2ImageProcessorFast, SiglipImageProcessorFast
+from siglip_hf.preprocessing import image_tensors
 from siglip_hf.preprocessing.image_intake import Picture
 from siglip_hf.preprocessing.pillow_memory import shared_pixels
 

@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -82,9 +84,13 @@ def test_options_of_text_are_obeyed(processor):
     short = processor(text="cat", padding=False)["input_ids"]
     assert short == processor.tokenizer("cat", padding=False)["input_ids"]
     assert 1 < len(short) < LENGTH
-    lengths = {len(ids) for ids in processor(text=TEXTS, padding=True)["input_ids"]}
+    assert {len(ids) for ids in processor(text=TEXTS, padding=True)["input_ids"]} == {LENGTH}
+    assert len(processor(text="cat", common_kwargs={"padding": True})["input_ids"]) == LENGTH
+    lengths = {len(ids) for ids in processor(text=TEXTS, padding="longest")["input_ids"]}
     assert len(lengths) == 1
     assert lengths.pop() < LENGTH
+    counted = processor(text="cat", add_special_tokens=False)["input_ids"]
+    assert counted == processor.tokenizer.convert_tokens_to_ids(processor.tokenizer.tokenize("cat"))
     assert len(processor(text="cat " * 50, padding=False, truncation=False)["input_ids"]) > LENGTH
     assert processor(text="cat", padding=None)["input_ids"] == processor(text="cat")["input_ids"]
     masked = processor(text="cat", return_attention_mask=True)
@@ -118,17 +124,67 @@ def test_options_of_one_part(processor, picture):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"paddding": "max_length", "sise": 3}, "paddding, sise"),
-        ({"text_kwargs": {"size": 3}}, "size"),
-        ({"images_kwargs": {"padding": True}}, "padding"),
+        ({"paddding": "max_length"}, "paddding; did you mean padding"),
+        ({"do_rezise": True}, "do_rezise; did you mean do_resize"),
+        ({"text_kwargs": {"max_lenght": 3}}, "max_lenght; did you mean max_length"),
         ({"padding": True, "text_kwargs": {"padding": False}}, "padding is given twice"),
-        ({"videos": [1]}, "videos"),
-        ({"return_mm_token_type_ids": True}, "return_mm_token_type_ids"),
+        ({"videos": [1]}, "videos was given, but SigLIP takes pictures and texts"),
+        ({"audio": np.zeros(9)}, "audio was given"),
     ],
 )
-def test_unknown_options_are_named(processor, picture, options, message):
+def test_misspelled_options_are_named(processor, picture, options, message):
     with pytest.raises(ValueError, match=message):
         processor(images=picture, text="a cat", **options)
+
+
+@pytest.fixture
+def ignored(monkeypatch):
+    said = []
+    monkeypatch.setattr("siglip_hf.preprocessing.options.logger.warning_once", said.append)
+    return said
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"videos_kwargs": {}, "audio_kwargs": {}, "videos": None, "audio": None},
+        {"videos_kwargs": None, "audio_kwargs": None, "text_kwargs": None, "common_kwargs": None},
+        {"return_mm_token_type_ids": False, "return_text_replacement_offsets": False},
+    ],
+)
+def test_what_is_empty_is_accepted(processor, picture, options, ignored):
+    same(processor(picture, TEXTS, **options), processor(picture, TEXTS))
+    assert ignored == []
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"anything": 1}, "anything"),
+        ({"sampling_rate": 16000}, "sampling_rate"),
+        ({"return_mm_token_type_ids": True}, "return_mm_token_type_ids"),
+        ({"videos_kwargs": {"fps": 2}}, "fps"),
+        ({"text_kwargs": {"size": 3}}, "size"),
+        ({"images_kwargs": {"padding": True}}, "padding"),
+    ],
+)
+def test_unknown_options_are_ignored_with_a_warning(processor, picture, options, name, ignored):
+    same(processor(picture, TEXTS, **options), processor(picture, TEXTS))
+    assert [name in message for message in ignored] == [True]
+
+
+def test_a_switch_that_is_none_is_off(processor, picture):
+    off = processor(picture, do_normalize=False, return_tensors="np")
+    same(processor(picture, do_normalize=None, return_tensors="np"), off)
+
+
+def test_the_processor_keeps_what_its_tokenizer_was_built_with(processor, tmp_path):
+    tokenizer = type(processor.tokenizer)(str(SPIECE), model_max_length=LENGTH, max_length=9)
+    built = SiglipProcessor(processor.image_processor, tokenizer)
+    built.save_pretrained(tmp_path)
+    for each in (built, SiglipProcessor.from_pretrained(tmp_path)):
+        assert len(each(text="cat")["input_ids"]) == 9
+        assert len(each(text="cat", max_length=7)["input_ids"]) == 7
 
 
 # ---- which is which
@@ -174,10 +230,32 @@ def test_what_cannot_be_told_apart_is_refused(processor, images, text, message):
 def test_wrong_texts_and_files_are_named(processor, picture):
     with pytest.raises(ValueError, match="empty list"):
         processor(images=picture, text=[])
+    for wrong in (["a", float("nan")], pd.Series(["a", None], dtype=object)):
+        with pytest.raises(ValueError, match=r"text\[1\] is (nan|None) of type"):
+            processor(text=wrong)
+        with pytest.raises(ValueError, match=r"text\[1\] is (nan|None) of type"):
+            processor(images=picture, text=wrong)
+    with pytest.raises(ValueError, match=r"text is nan of type float"):
+        processor(text=float("nan"))
     with pytest.raises(PictureError, match=r"'missing.png'.*no such file"):
         processor(images=["missing.png"], text="a cat")
     with pytest.raises(PictureError, match=r"picture 1 \('missing.png'\)"):
         processor(images=[picture, "missing.png"])
+
+
+@pytest.mark.parametrize("make", [iter, pd.Series, np.array, lambda x: datasets.Dataset.from_dict({"x": x})["x"]])
+def test_any_sequence_of_texts_and_paths(processor, picture, tmp_path, make):
+    picture.save(tmp_path / "a.png")
+    paths = [str(tmp_path / "a.png")] * 2
+    expected = processor(images=paths, text=TEXTS, return_tensors="np")
+    same(processor(images=make(paths), text=make(TEXTS), return_tensors="np"), expected)
+    same(processor(make(TEXTS), make(paths), return_tensors="np"), expected)
+    same(processor(text=make(TEXTS)), processor(text=TEXTS))
+
+
+def test_a_column_of_pictures(processor, picture):
+    column = datasets.Dataset.from_dict({"image": [picture, picture]}).cast_column("image", datasets.Image())["image"]
+    same(processor(images=column, return_tensors="np"), processor(images=[picture, picture], return_tensors="np"))
 
 
 def test_a_word_at_a_time(processor):

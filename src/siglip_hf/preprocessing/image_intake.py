@@ -22,6 +22,7 @@ from PIL.JpegImagePlugin import JpegImageFile
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 
 from siglip_hf.parallel import in_threads
+from siglip_hf.preprocessing.sequences import as_list
 
 #: Above this many pixels a JPEG is decoded at a reduced size (libjpeg scales by 1/2, 1/4 or 1/8 while decoding).
 #: Cameras in ordinary use stay below it, so their pictures are decoded in full and give stock's numbers.
@@ -253,10 +254,10 @@ def looks_like_picture_source(text: str) -> bool:
 
 
 def _flatten(images: Any, keep_floats: bool) -> Iterator[Any]:
-    """Single pictures out of any nesting of lists, tuples, iterators and batched arrays."""
-    is_group = isinstance(images, list | tuple) and not isinstance(images, Picture)
-    if is_group or (isinstance(images, Iterator) and not hasattr(images, "read")):
-        for item in images:
+    """Single pictures out of any nesting of sequences (see `as_list`) and batched arrays."""
+    items = as_list(images)
+    if items is not None:
+        for item in items:
             yield from _flatten(item, keep_floats)
     elif getattr(images, "ndim", None) == 4 and (batch := _as_array(images)) is not None:
         # Floats get one scale for the whole batch: a nearly black picture among floats in 0..255 is not in 0..1.
@@ -274,7 +275,8 @@ def _as_array(source: Any) -> np.ndarray | None:
     if isinstance(source, torch.Tensor):
         tensor = source.detach().cpu()
         return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return np.asarray(source) if hasattr(source, "__array__") else None
+    # NumPy's own strings, out of an array of paths, say that they are arrays.
+    return np.asarray(source) if hasattr(source, "__array__") and not isinstance(source, str | bytes) else None
 
 
 def _as_file(source: Any, timeout: float | None) -> str | io.BytesIO | Any:

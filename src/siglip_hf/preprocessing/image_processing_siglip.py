@@ -27,6 +27,7 @@ from transformers.processing_utils import ImagesKwargs
 from siglip_hf.parallel import in_threads
 from siglip_hf.preprocessing.image_intake import Picture, iter_pictures, load_picture
 from siglip_hf.preprocessing.image_tensors import resize_with_pillow
+from siglip_hf.preprocessing.options import check_unknown
 
 
 def resized_size(size: SizeDict, height: int, width: int) -> tuple[int, int]:
@@ -97,7 +98,8 @@ class SiglipImageProcessorBase(BaseImageProcessor):
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """One picture, or any nesting of pictures, as `pixel_values`.
 
-        An argument that is missing or None takes the value that the processor was made with.
+        An argument that is missing takes the value that the processor was made with. A switch (`do_...`) that is None
+        is off, as in stock; any other argument that is None counts as missing.
 
         Args:
             images: what `siglip_hf.preprocessing.image_intake.load_pictures` takes: paths, URLs, bytes, files, PIL
@@ -123,14 +125,16 @@ class SiglipImageProcessorBase(BaseImageProcessor):
 
         Raises:
             PictureError: (a `ValueError` and an `OSError`) naming the picture that cannot be used.
-            ValueError: for an empty batch, an unknown argument, or a value that an argument cannot have.
+            ValueError: for an empty batch, a misspelled argument, or a value that an argument cannot have. An unknown
+                argument is ignored with a warning.
         """
-        if unknown := sorted(set(kwargs) - set(self._valid_kwargs_names)):
-            raise ValueError(
-                f"{type(self).__name__} does not know the argument(s) {', '.join(unknown)}. "
-                f"It knows: {', '.join(sorted(self._valid_kwargs_names))}."
-            )
-        given: Any = {name: value for name, value in kwargs.items() if value is not None}
+        known = set(self._valid_kwargs_names)
+        check_unknown(set(kwargs) - known, known, type(self).__name__)
+        given: Any = {
+            name: False if value is None else value
+            for name, value in kwargs.items()
+            if name in known and (value is not None or name.startswith("do_"))
+        }
         try:
             return super().preprocess(images, **given)
         except StrictDataclassError as error:  # the base class checks types with it; it is no ValueError

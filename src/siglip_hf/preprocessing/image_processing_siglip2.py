@@ -77,16 +77,11 @@ class Siglip2ImageProcessorBase(SiglipImageProcessorBase):
     valid_kwargs = Siglip2ImageProcessorKwargs
     model_input_names = ["pixel_values", "pixel_attention_mask", "spatial_shapes"]  # noqa: RUF012
 
-    def __init__(self, **kwargs: Any):
-        # Published files say `"do_convert_rgb": null`, with which grayscale and transparent pictures fail.
-        if kwargs.get("do_convert_rgb") is None:
-            kwargs.pop("do_convert_rgb", None)
-        super().__init__(**kwargs)
-
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """One picture, or any nesting of pictures, as patches.
 
-        An argument that is missing or None takes the value that the processor was made with.
+        An argument that is missing takes the value that the processor was made with. A switch (`do_...`) that is None
+        is off, as in stock; any other argument that is None counts as missing.
 
         Args:
             images: What `siglip_hf.preprocessing.image_intake.load_pictures` takes: paths, URLs, bytes, files, PIL
@@ -109,7 +104,7 @@ class Siglip2ImageProcessorBase(SiglipImageProcessorBase):
 
         Raises:
             PictureError: (a `ValueError` and an `OSError`) naming the picture that cannot be used.
-            ValueError: For an empty batch, an unknown argument, or a value that an argument cannot have.
+            ValueError: For an empty batch, a misspelled argument, or a value that an argument cannot have.
         """
         return super().preprocess(images, **kwargs)
 

@@ -36,8 +36,8 @@ class SiglipImageProcessorFast(SiglipImageProcessorBase):
 
     Two such roundings in a row could add up to two levels where one weight takes nearly all: when a picture is enlarged
     or hardly reduced, to more than 1 / `BOTH_FROM` of a side. Then Pillow filters the first direction, which leaves one
-    rounding. Pillow also serves the filters other than bilinear and bicubic, and an alpha channel that is kept
-    (`do_convert_rgb=False`), without any difference.
+    rounding. Pillow also serves the filters other than bilinear and bicubic, an alpha channel that is kept
+    (`do_convert_rgb=False`), and pictures more than 100 times as high as wide, without any difference.
 
     With `device`, the resized 8-bit values are sent there, a quarter of the bytes, and normalized there. Without it,
     the result lies where the first picture does, if that is a tensor. Without `return_tensors`, `pixel_values` is a

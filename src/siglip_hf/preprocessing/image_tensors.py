@@ -25,6 +25,9 @@ BOTH_FROM = 1.75
 # Pillow 13 (python-pillow/Pillow#9549) filters the columns first if that saves much; before, the rows came first.
 _PILLOW_PICKS_ORDER = int(PIL.__version__.partition(".")[0]) >= 13
 
+# Before Pillow 13, pictures of more than this many times their width in height went through the columns first as well.
+_VERY_HIGH = 100
+
 _TORCH_MODES = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
 
 
@@ -38,10 +41,10 @@ def resize(picture: Picture, target: tuple[int, int], resample: PILImageResampli
 
     Its memory is channels-last, and may have a fourth channel that is skipped.
     """
-    # Pillow filters RGBA with premultiplied alpha, which torch cannot.
-    if resample not in _TORCH_MODES or _has_alpha(picture):
-        return to_tensor(resize_with_pillow(picture, target, resample))
     height, width = picture.size
+    # Pillow filters RGBA with premultiplied alpha, which torch cannot; and very high pictures in an order of their own.
+    if resample not in _TORCH_MODES or _has_alpha(picture) or height > _VERY_HIGH * width:
+        return to_tensor(resize_with_pillow(picture, target, resample))
     columns_first = _PILLOW_PICKS_ORDER and height - target[0] > 2 * max(0, width - target[1])
     between = (target[0], width) if columns_first else (height, target[1])
     options: Any = {"mode": _TORCH_MODES[resample], "antialias": True}

@@ -10,15 +10,21 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+from PIL import Image
 from transformers.image_processing_utils import BatchFeature
-from transformers.processing_utils import ProcessorMixin, TextKwargs
+from transformers.processing_utils import AudioKwargs, ProcessorMixin, TextKwargs, VideosKwargs
 
-from siglip_hf.preprocessing.image_intake import looks_like_picture_source
+from siglip_hf.preprocessing.image_intake import Picture, looks_like_picture_source
+from siglip_hf.preprocessing.options import check_unknown
+from siglip_hf.preprocessing.sequences import as_list, as_texts
+from siglip_hf.preprocessing.tokenization_base import trained_padding
 
-# Of the tokenizers, but missing from TextKwargs.
-_MORE_TEXT_OPTIONS = {"split_special_tokens"}
 # In TextKwargs, for models whose texts contain placeholders for pictures.
 _NO_TEXT_OPTIONS = {"return_mm_token_type_ids", "return_text_replacement_offsets"}
+# "split_special_tokens" is missing from TextKwargs.
+_TEXT_OPTIONS = {"split_special_tokens", *TextKwargs.__annotations__} - _NO_TEXT_OPTIONS
+# Generic code sends these to every processor; they are no misspellings.
+_OTHER_OPTIONS = {*_NO_TEXT_OPTIONS, *VideosKwargs.__annotations__, *AudioKwargs.__annotations__}
 
 # A model's vocabulary may be rounded up to a multiple of this for speed, and a tokenizer may hold reserved tokens that
 # no text contains (mC4's holds 100); a larger difference means another tokenizer.
@@ -69,14 +75,16 @@ class SiglipProcessor(ProcessorMixin):
                 `siglip_hf.preprocessing.image_intake.load_picture`.
             text: one text or a list of texts.
             return_tensors: "pt" or "np", for both parts; None for lists.
-            padding: "max_length" (default) pads to `tokenizer.model_max_length`, which the checkpoint sets. `True`
-                (longest of the batch) and `False` are obeyed, though the model was not trained on such texts.
+            padding: `True` and "max_length", the default, pad to `tokenizer.model_max_length`, which the checkpoint
+                sets. "longest" and `False` are obeyed, though the model was not trained on such texts.
             truncation: True by default, to the same length.
             max_length: another length than the checkpoint's.
             return_attention_mask: False by default; SigLIP was trained without one.
             text_kwargs: a dict of options for the tokenizer alone.
             images_kwargs: a dict of options for the image processor alone, those of its `preprocess`.
-            **kwargs: any option of the tokenizer or of the image processor; `return_tensors` goes to both.
+            **kwargs: any option of the tokenizer or of the image processor; `return_tensors` goes to both. What generic
+                code passes besides, `videos=None` or `audio_kwargs={}`, is accepted, and what no part knows ignored
+                with a warning.
 
         Returns:
             A `BatchFeature` with `input_ids` (B, L) int64 if there are texts, and `pixel_values` (B, 3, height, width)
@@ -84,14 +92,16 @@ class SiglipProcessor(ProcessorMixin):
 
         Raises:
             PictureError: (a `ValueError` and an `OSError`) naming a picture that cannot be used.
-            ValueError: if there is nothing to process, if an option is unknown, or if pictures and texts cannot be told
-                apart.
+            ValueError: if there is nothing to process, if an option is misspelled, if there are videos or sounds, or
+                if pictures and texts cannot be told apart. It names the place and the type of what is not a text.
         """
-        images, text = _in_order(images, text)
         text_options, image_options = self._sort_options(kwargs)
+        images, text = _in_order(images, text)
         inputs: dict[str, Any] = {}
         if text is not None:
-            _check_texts(text, text_options)
+            text = as_texts(text, words=bool(text_options.get("is_split_into_words")), nested=False)
+            if not text and not isinstance(text, str):
+                raise ValueError("text is an empty list. Leave it out, or pass at least one text.")
             inputs.update(self.tokenizer(text, **text_options))
         if images is not None:
             inputs.update(self.image_processor(images, **image_options))
@@ -100,9 +110,14 @@ class SiglipProcessor(ProcessorMixin):
     def _sort_options(self, given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         """The options of a call as (those of the tokenizer, those of the image processor)."""
         known = {
-            "text_kwargs": set(TextKwargs.__annotations__) - _NO_TEXT_OPTIONS | _MORE_TEXT_OPTIONS,
+            "text_kwargs": _TEXT_OPTIONS,
             "images_kwargs": set(self.image_processor.valid_kwargs.__annotations__),
         }
+        for part in ("videos", "audio"):
+            if given.pop(part, None) is not None:
+                raise ValueError(f"{part} was given, but SigLIP takes pictures and texts only.")
+            for_part = given.pop(f"{part}_kwargs", None)
+            check_unknown(for_part or (), (), type(self).__name__)
         for_both = {**given, **(given.get("common_kwargs") or {})}
         options = {part: dict(given.get(part) or {}) for part in known}
         unknown = {name for part, names in known.items() for name in options[part] if name not in names}
@@ -110,20 +125,28 @@ class SiglipProcessor(ProcessorMixin):
             if name in ("common_kwargs", *known):
                 continue
             parts = [part for part, names in known.items() if name in names]
-            if not parts:
+            if not parts and (value or name not in _NO_TEXT_OPTIONS):
                 unknown.add(name)
             for part in parts:
                 if name in options[part]:
                     raise ValueError(f"{name} is given twice: by itself and in {part}. Leave one out.")
                 options[part][name] = value
-        if unknown:
-            raise ValueError(
-                f"{type(self).__name__} does not know the argument(s) {', '.join(sorted(unknown))}. "
-                f"Texts take: {', '.join(sorted(known['text_kwargs']))}. "
-                f"Pictures take: {', '.join(sorted(known['images_kwargs']))}."
-            )
-        text_options = {name: value for name, value in options["text_kwargs"].items() if value is not None}
-        return {**self.text_kwargs, **text_options}, options["images_kwargs"]
+        anywhere = set.union(*known.values())
+        check_unknown(unknown - _OTHER_OPTIONS - anywhere, anywhere, type(self).__name__)
+        check_unknown(unknown & (_OTHER_OPTIONS | anywhere), (), type(self).__name__)
+        text, images = (
+            {name: value for name, value in options[part].items() if name in names} for part, names in known.items()
+        )
+        text = {**self._text_defaults(text), **{name: value for name, value in text.items() if value is not None}}
+        return {**text, "padding": trained_padding(text["padding"])}, images
+
+    def _text_defaults(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The options of the tokenizer that a call leaves open."""
+        if given.get("add_special_tokens") is False:  # tokens are counted or compared
+            return {"padding": False, "truncation": False, "return_attention_mask": False}
+        built_with = getattr(self.tokenizer, "init_kwargs", {})
+        kept = {name: getattr(self.tokenizer, name, built_with[name]) for name in _TEXT_OPTIONS & set(built_with)}
+        return {**self.text_kwargs, **{name: value for name, value in kept.items() if value is not None}}
 
     def check_fits(self, model_or_config: Any, *, interpolate_pos_encoding: bool = False) -> None:
         """Makes sure that this processor and a model belong together; a mismatch gives wrong scores, not an error.
@@ -179,16 +202,18 @@ def _in_order(images: Any, text: Any) -> tuple[Any, Any]:
     """(pictures, texts), swapped if they were given the other way round."""
     if images is None and text is None:
         raise ValueError("Nothing to process: pass images, text, or both.")
-    if not _says_words_or_nothing(text):
-        if not _says_words_or_nothing(images):
+    # Once, because a generator can be read once.
+    images, text = (value if (items := as_list(value)) is None else items for value in (images, text))
+    if text is not None and any(_is_picture(leaf) for leaf in _leaves(text)):
+        if images is not None and not _says_words(images):
             raise ValueError("Both arguments are pictures. Pass texts, strings or a list of strings, as text=.")
         return text, images
-    if images is None or not _says_words_or_nothing(images):
+    if images is None or not _says_words(images):
         return images, text
     # Only strings: are they sources of pictures?
     if any(looks_like_picture_source(leaf) for leaf in _leaves(images)) or not any(True for _ in _leaves(images)):
         return images, text
-    if text is not None and all(looks_like_picture_source(leaf) for leaf in _leaves(text)):
+    if text is not None and _says_words(text) and all(looks_like_picture_source(leaf) for leaf in _leaves(text)):
         return text, images
     raise ValueError(
         f"images={next(_leaves(images))!r} is neither a file nor a URL, nor any other picture. If it is a text, pass "
@@ -196,24 +221,21 @@ def _in_order(images: Any, text: Any) -> tuple[Any, Any]:
     )
 
 
-def _says_words_or_nothing(value: Any) -> bool:
-    return value is None or all(isinstance(leaf, str) for leaf in _leaves(value))
+def _says_words(value: Any) -> bool:
+    return all(isinstance(leaf, str) for leaf in _leaves(value))
+
+
+def _is_picture(leaf: Any) -> bool:
+    """Whether this is a picture rather than a text or something wrong in place of one, such as NaN."""
+    if isinstance(leaf, bytes | bytearray | memoryview | os.PathLike | dict | Image.Image | Picture):
+        return True
+    return hasattr(leaf, "read") or getattr(leaf, "ndim", 0) > 1
 
 
 def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item)
-    else:
+    items = as_list(value)
+    if items is None:
         yield value
-
-
-def _check_texts(text: Any, options: dict[str, Any]) -> None:
-    if isinstance(text, str):
-        return
-    if not len(text):
-        raise ValueError("text is an empty list. Leave it out, or pass at least one text.")
-    if not options.get("is_split_into_words"):
-        for index, item in enumerate(text):
-            if not isinstance(item, str):
-                raise ValueError(f"text[{index}] is a {type(item).__name__}; pass a string or a list of strings.")
+    else:
+        for item in items:
+            yield from _leaves(item)

@@ -44,7 +44,7 @@ def text_length(model_max_length: int | None) -> int:
     return model_max_length
 
 
-def _padding(padding: Any) -> Any:
+def trained_padding(padding: Any) -> Any:
     """Returns how a text is padded: `True`, which generic code sends, means the length of the model's training."""
     if padding is True:
         return "max_length"
@@ -138,11 +138,11 @@ class SiglipTokenization:
 
     def pad(self, encoded_inputs: Any, padding: Any = True, *arguments: Any, **options: Any) -> BatchEncoding:
         """Pads encoded texts as a call does: by default, to the model's length."""
-        return super().pad(encoded_inputs, _padding(padding), *arguments, **options)  # type: ignore[misc]
+        return super().pad(encoded_inputs, trained_padding(padding), *arguments, **options)  # type: ignore[misc]
 
     def _with_defaults(self, padding: Any, truncation: Any, add_special_tokens: bool) -> tuple[Any, Any]:
         padding = add_special_tokens if padding is None else padding
-        return _padding(padding), add_special_tokens if truncation is None else truncation
+        return trained_padding(padding), add_special_tokens if truncation is None else truncation
 
     def _warn_about_truncation(self) -> None:
         logger.warning_once(
