@@ -1,10 +1,6 @@
 """Draws the pictures of README.md and docs/ anew: the demo's contact sheet. Run after the embedded checkpoint changes.
 
-<<<<<<< HEAD:scripts/docs/draw_pictures.py
 The plot of docs/siglip.md is drawn by scripts/bench/attention.py. Run: python scripts/docs/draw_pictures.py
-=======
-The plot of docs/siglip.md is drawn by scripts/bench_attention.py. Run: python scripts/checkpoints/draw_docs_pictures.py
->>>>>>> 322a793 (Checkpoint scripts in one folder: icons and restyled drawings, a sentence encoder, budgets in minutes, one command):scripts/checkpoints/draw_docs_pictures.py
 """
 
 from __future__ import annotations

@@ -213,7 +213,9 @@ def test_a_damaged_index_is_named(run, demo):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("evaluate_search", ROOT / "scripts" / "checkpoints" / "evaluate_search.py")
+    spec = importlib.util.spec_from_file_location(
+        "evaluate_search", ROOT / "scripts" / "checkpoints" / "evaluate_search.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import make_checkpoint
 import pytest
+
+import make_checkpoint
 import train_default
 import train_naflex
 from make_checkpoint import commands
