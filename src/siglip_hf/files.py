@@ -8,12 +8,16 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 _BLOCK = 1 << 22
+#: Bytes of the largest file that is read whole: a picture of 179 million pixels with 16 bits a channel, uncompressed.
+MOST_BYTES = 1 << 30
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, or the largest file allowed
 
 
@@ -49,6 +53,46 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def read_regular_file(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
+    """The bytes of a regular file; of a FIFO or a device, reading might never end.
+
+    Args:
+        path: the file.
+        most: bytes that it may have.
+
+    Raises:
+        OSError: if it is missing, a folder, a FIFO or a device, larger than that, or cannot be read.
+    """
+    found = os.stat(path)
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"it is a {'folder' if stat.S_ISDIR(found.st_mode) else 'FIFO, socket or device'}, not a file")
+    if found.st_size > most:
+        raise OSError(f"it has {found.st_size:,} bytes; at most {most:,} are read")
+    with open(path, "rb") as file:
+        return file.read(most + 1)[:most]
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        OSError: see `read_regular_file`.
+        ValueError: naming the file, if it is not UTF-8.
+    """
+    try:
+        return read_regular_file(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+
+
+def text_lines(text: str) -> list[str]:
+    """The lines of a text, which end with a line feed, a carriage return, or both.
+
+    `str.splitlines` would also split at characters that belong to a caption, such as U+2028.
+    """
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 @contextmanager

@@ -168,9 +168,13 @@ def test_empty_and_unknown(tmp_path):
     (tmp_path / "a.docx").write_bytes(b"x")
     with pytest.raises(ValueError, match="no known kind of source"):
         open_source(tmp_path / "a.docx")
-    (tmp_path / "bad.jsonl").write_text('{"image": "a"}\n{"image": \n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl, line 2, is not JSON"):
+    (tmp_path / "bad.jsonl").write_text('{"image": \n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl: line 1 is not JSON"):
         open_source(tmp_path / "bad.jsonl")
+    for name in ("a.tar.gz", "a.tgz"):
+        (tmp_path / name).write_bytes(b"x")
+        with pytest.raises(ValueError, match="is a compressed tar file.*Decompress"):
+            open_source(tmp_path / name)
     picture(tmp_path / "only" / "a.png")
     with pytest.raises(ValueError, match="none of 1 entries has a picture and a caption"):
         open_source(tmp_path / "only").require("image", "captions")
@@ -181,3 +185,133 @@ def test_a_broken_picture_names_its_record(tmp_path):
     (record,) = open_source(tmp_path)
     with pytest.raises(PictureError, match=r"a\.png.*not a picture in a format that Pillow can read"):
         record.load_picture()
+
+
+# --- valid data that is easily misread
+
+
+def test_line_ends_that_are_none(tmp_path):
+    caption = "one\u2028two\x85three\x0bfour\x1cfive"
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": caption}, ensure_ascii=False) + "\n", encoding="utf-8")
+    (tmp_path / "a.txt").write_text(caption + "\r\nnext\rlast", encoding="utf-8", newline="")
+    picture(tmp_path / "folder" / "a.png")
+    (tmp_path / "folder" / "a.txt").write_text(caption + "\n\nnext", encoding="utf-8")
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "a.png", picture_bytes("red"))
+        add(tar, "a.txt", (caption + "\nnext").encode())
+    assert open_source(tmp_path / "a.jsonl")[0].captions == (caption,)
+    assert [record.captions for record in open_source(tmp_path / "a.txt")] == [(caption,), ("next",), ("last",)]
+    assert open_source(tmp_path / "folder")[0].captions == (caption, "next")
+    assert open_source(tmp_path / "a.tar")[0].captions == (caption, "next")
+
+
+def test_a_byte_order_mark_is_no_part_of_a_text(tmp_path):
+    texts = {
+        "a.csv": "text,label\na cat,pet\n",
+        "a.tsv": "text\tlabel\na cat\tpet\n",
+        "a.jsonl": '{"text": "a cat", "label": "pet"}\n',
+        "a.json": '[{"text": "a cat", "label": "pet"}]',
+        "a.txt": "a cat\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        (record,) = open_source(tmp_path / name)
+        assert (record.captions, record.label) == (("a cat",), None if name == "a.txt" else "pet"), name
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("a.txt", "b.json", "a.cls"):
+            text = '{"caption": "a cat"}' if name == "b.json" else "a cat"
+            add(tar, name, text.encode("utf-8-sig"))
+    assert [(record.captions, record.label) for record in open_source(tmp_path / "a.tar")] == [
+        (("a cat",), "a cat"),
+        (("a cat",), None),
+    ]
+
+
+def test_long_cells_and_rows(tmp_path):
+    long = "x" * 200_000
+    (tmp_path / "a.csv").write_text(f"text,label\n{long},pet,one cell too many\n")
+    assert open_source(tmp_path / "a.csv")[0].captions == (long,)
+
+
+# --- one bad entry costs only itself
+
+
+def add(tar, name, content):
+    """Puts a member into a tar file."""
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("b.json", b'{"caption": ', "the .json of b cannot be read: Expecting value"),
+        ("b.json", b"[1]", "the .json of b must hold an object"),
+        ("b.json", b"[" * 100_000, "the .json of b cannot be read: it is nested too deeply"),
+        ("b.json", b'{"caption": "\xff"}', "the .json of b cannot be read: "),
+        ("b.json", b'{"caption": "\\ud800"}', "its caption is not Unicode text"),
+        ("b.txt", b"\xff", "the .txt of b cannot be read: "),
+        ("b.cls", b"\xff", "the .cls of b cannot be read: "),
+        ("b.cls", b"a\0b", "its label is not Unicode text"),
+    ],
+)
+def test_a_malformed_member(tmp_path, name, content, message):
+    with tarfile.open(tmp_path / "shard-7.tar", "w") as tar:
+        add(tar, "a.png", picture_bytes("red"))
+        add(tar, "b.png", picture_bytes("blue"))
+        add(tar, name, content)
+        add(tar, "c.png", picture_bytes("green"))
+    good, bad, last = open_source(tmp_path / "shard-7.tar")
+    assert (good.id, good.error, last.id, last.error) == ("a", None, "c", None)
+    assert (bad.id, bad.image) == ("b", None)
+    assert message in bad.error
+    assert "shard-7.tar: " in bad.error or "Unicode" in bad.error
+    with pytest.raises(PictureError, match="b"):
+        bad.load_picture()
+    kept = open_source(tmp_path / "shard-7.tar").require("image")
+    assert [record.id for record in kept] == ["a", "c"]
+    assert kept.unused == [f"b: {bad.error}"]
+
+
+def test_a_name_in_a_tar_that_is_not_unicode(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        add(tar, "a.png", picture_bytes("red"))
+        add(tar, "caf\udce9.png", picture_bytes("red"))
+    good, bad = open_source(tmp_path / "a.tar")
+    assert (good.error, bad.id) == (None, "caf\\udce9")
+    assert "its name is not Unicode text" in bad.error
+
+
+def test_a_damaged_header_in_a_tar_is_not_its_end(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        places = []
+        for number in range(3):
+            places.append(tar.offset)
+            add(tar, f"{number}.png", picture_bytes("red"))
+    content = bytearray((tmp_path / "a.tar").read_bytes())
+    content[places[1] + 100] ^= 1
+    (tmp_path / "a.tar").write_bytes(content)
+    first, damage = open_source(tmp_path / "a.tar")
+    assert (first.id, damage.id) == ("0", "a.tar")
+    assert f"cut off after {places[1]:,} bytes" in damage.error
+    content[places[1] + 100] ^= 1
+    for size in (places[1], places[1] + 100, places[1] + 522, places[2], places[2] + 522):
+        (tmp_path / "b.tar").write_bytes(content[:size])
+        assert open_source(tmp_path / "b.tar")[-1].id == "b.tar", size
+
+
+def test_captions_beside_a_picture_that_are_no_text(tmp_path):
+    for name in ("a", "b"):
+        picture(tmp_path / "folder" / f"{name}.png")
+    (tmp_path / "folder" / "b.txt").write_bytes(b"\xff\xfe")
+    good, bad = open_source(tmp_path / "folder")
+    assert (good.error, bad.id) == (None, "b.png")
+    assert bad.error.startswith("its captions cannot be read: ")
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_json_nested_too_deeply(tmp_path, name):
+    (tmp_path / name).write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=rf"{name}.*not JSON: it is nested too deeply"):
+        open_source(tmp_path / name)

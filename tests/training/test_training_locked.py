@@ -1,6 +1,5 @@
 """Frozen parts, and image embeddings that are computed once."""
 
-import json
 import shutil
 
 import numpy as np
@@ -113,10 +112,7 @@ def test_text_only_epochs_are_those_of_a_frozen_tower(checkpoint, data, tmp_path
     assert largest_difference(dict(model.text_model.named_parameters()), dict(start.text_model.named_parameters())) > 0
 
 
-def test_an_interrupted_store_is_continued(model, processor, data, tmp_path, monkeypatch):
-    from siglip_hf.training import locked
-
-    monkeypatch.setattr(locked, "_NOTE_EVERY", 1)
+def test_an_interrupted_store_is_continued(model, processor, data, tmp_path):
     source = open_source(data)
     whole = store_images(model, processor, source, tmp_path / "whole", batch_size=2)
 
@@ -126,13 +122,13 @@ def test_an_interrupted_store_is_continued(model, processor, data, tmp_path, mon
 
     with pytest.raises(KeyboardInterrupt):
         store_images(model, processor, source, tmp_path / "store", batch_size=2, on_progress=stop)
-    with pytest.raises(FileNotFoundError, match="no finished image embeddings"):
+    with pytest.raises(ValueError, match="is not finished"):
         ImageStore(tmp_path / "store")
     done = []
     store = store_images(model, processor, source, tmp_path / "store", batch_size=2, on_progress=done.append)
     assert done == [6, 7]
     np.testing.assert_allclose(store.embeddings, whole.embeddings, atol=1e-6)
-    assert json.loads((tmp_path / "store" / "manifest.json").read_text()) == whole.manifest
+    assert store.manifest == whole.manifest
 
 
 def test_a_stale_store_is_refused(model, processor, data, tmp_path, checkpoint):
@@ -146,9 +142,16 @@ def test_a_stale_store_is_refused(model, processor, data, tmp_path, checkpoint):
         model.text_model.head.weight += 1  # texts have no part in it
     model.vision_model.load_state_dict(siglip_hf.SiglipModel.from_pretrained(checkpoint).vision_model.state_dict())
     store_images(model, processor, source, folder)
-    shutil.copy(data / "cat.png", data / "dog.png")
+    before = ImageStore(folder)
+    first, second = open_source(data)[:2]
+    shutil.copy(data / first.id, data / second.id)
     with pytest.raises(ValueError, match="another source"):
-        store_images(model, processor, open_source(data), folder)
+        before.check(model, processor, open_source(data))
+    done = []
+    after = store_images(model, processor, open_source(data), folder, on_progress=done.append)
+    assert done == [7]  # one of seven
+    torch.testing.assert_close(after.read(second), before.read(first))
+    shutil.copy(data / open_source(data)[2].id, data / second.id)
     processor.image_processor.image_mean = [0.4, 0.5, 0.5]
     with pytest.raises(ValueError, match="another image processor and source"):
         ImageStore(folder).check(model, processor, open_source(data))
@@ -156,6 +159,18 @@ def test_a_stale_store_is_refused(model, processor, data, tmp_path, checkpoint):
     (tmp_path / "other" / "file").touch()
     with pytest.raises(ValueError, match="not empty"):
         store_images(model, processor, source, tmp_path / "other")
+
+
+def test_a_damaged_store_is_made_anew(model, processor, data, tmp_path):
+    source, folder = open_source(data), tmp_path / "store"
+    whole = store_images(model, processor, source, folder)
+    (part,) = folder.glob("part-*.parquet")
+    content = bytearray(part.read_bytes())
+    content[len(content) // 2] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(ValueError, match=r"part-00000\.parquet is missing or damaged"):
+        ImageStore(folder)
+    assert np.array_equal(store_images(model, processor, source, folder).embeddings, whole.embeddings)
 
 
 def test_broken_pictures_are_left_out_of_training(checkpoint, model, processor, data, tmp_path):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from siglip_hf.apps import page
 from siglip_hf.apps.scorers import Scorer
+from siglip_hf.files import text_lines
 from siglip_hf.inference.label_bank import parse_labels
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def parse_lines(text: str) -> dict[str, tuple[str, ...]]:
         ValueError: naming the line that has no language, no labels, a label twice, or not as many as the first line.
     """
     rows: dict[str, tuple[str, ...]] = {}
-    for line in filter(None, map(str.strip, text.splitlines())):
+    for line in filter(None, map(str.strip, text_lines(text))):
         # Chinese and Japanese have a colon and commas of their own.
         language, *labels = (part.strip() for part in re.split("[:：]", line, maxsplit=1))
         names = [label.strip() for label in re.split("[,，、]", "".join(labels)) if label.strip()]

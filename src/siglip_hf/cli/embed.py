@@ -106,6 +106,8 @@ def summary(result: Embedded) -> str:
 
 def report_errors(result: Embedded) -> int:
     """Names what has no embedding on stderr; the exit code."""
+    for name in result.damaged[:_SHOWN_ERRORS]:
+        print(f"{result.path}: {name} was damaged; its rows have been made anew", file=sys.stderr)
     for line in result.unused[:_SHOWN_ERRORS]:
         print(f"left out {line}", file=sys.stderr)
     for id_, error in result.errors[:_SHOWN_ERRORS]:

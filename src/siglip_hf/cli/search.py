@@ -76,6 +76,7 @@ def search(
 def _queries(
     words: str | None, text: str | None, image: str | None, not_text: str | None, file: Path | None
 ) -> list[Query]:
+    from siglip_hf.files import text_lines
     from siglip_hf.search.query import Query
 
     if words is not None and text is not None:
@@ -87,7 +88,7 @@ def _queries(
     if words or text or image:
         raise ValueError("--queries is given beside another query; pass one of them.")
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in text_lines(file.read_text(encoding="utf-8-sig"))]
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the file of queries {str(file)!r} cannot be read: {error}") from error
     if not any(lines):

@@ -6,102 +6,23 @@ goes on as if nothing had happened (see `store`).
 
 from __future__ import annotations
 
-import io
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from PIL import Image
-
-from siglip_hf.files import sha256
-from siglip_hf.preprocessing.image_intake import LARGE_JPEG_PIXELS, load_picture, read_bytes
-from siglip_hf.parallel import prefetch
 from siglip_hf.data import store
-from siglip_hf.data.store import MANIFEST, EmbeddingStore, EmbeddingWriter, Manifest, tar_path
-from siglip_hf.data.sources import DatasetCell, Record, Source, TarMember, open_source
+from siglip_hf.data.items import Item, embed_items, items_of
+from siglip_hf.data.sources import Source, open_source
+from siglip_hf.data.store import MANIFEST, EmbeddingStore, EmbeddingWriter, Manifest
+from siglip_hf.parallel import prefetch
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
     from siglip_hf.data.embedder import SiglipEmbedder
-
-Batch = tuple[list[dict[str, Any]], np.ndarray]
-
-
-class Item(NamedTuple):
-    """What becomes a row: a picture, or one text of a record.
-
-    Attributes:
-        id: the row's id.
-        record: where it comes from.
-        text: the text; None for a picture.
-    """
-
-    id: str
-    record: Record
-    text: str | None = None
-
-    def stamp(self) -> str | None:
-        """What changes when the content does, without reading it; None if nothing tells."""
-        image = self.record.image
-        if self.text is not None:
-            return sha256([self.text.encode()])[:16]
-        if isinstance(image, DatasetCell):
-            return getattr(image.dataset, "_fingerprint", None)
-        try:
-            if isinstance(image, TarMember):
-                return f"{image.size}@{image.offset}:{os.stat(image.path).st_mtime_ns}"
-            if self.record.path is None:  # a URL
-                return None
-            stat = os.stat(self.record.path)
-        except OSError:  # reading says what is wrong
-            return None
-        return f"{stat.st_size}:{stat.st_mtime_ns}"
-
-    def content(self) -> Any:
-        """The bytes of the file or of the text, or an array.
-
-        Raises:
-            OSError: if they cannot be read.
-        """
-        if self.text is not None:
-            return self.text.encode()
-        if self.record.path is not None:
-            return Path(self.record.path).read_bytes()
-        value = self.record.read()
-        is_encoded = isinstance(value, str | bytes | dict)
-        return read_bytes(value) if is_encoded else np.asarray(value)
-
-    def sha256(self) -> str | None:
-        """Hash of the content; None if it cannot be read."""
-        try:
-            return _sha256(self.content())
-        except (OSError, ValueError):
-            return None
-
-    def read(self, draft_to: int | None) -> tuple[dict[str, Any], Image.Image | None]:
-        """The row without its embedding, and the picture; None if it is broken, then the row has the error."""
-        image = self.record.image
-        path = tar_path(image) if isinstance(image, TarMember) else image if isinstance(image, str) else None
-        row: dict[str, Any] = {
-            "id": self.id,
-            "path": os.path.abspath(self.record.path) if self.record.path is not None else path,
-            "stamp": self.stamp(),  # before reading: what is written meanwhile makes a difference next time
-        }
-        try:
-            content = self.content()
-            row["sha256"] = _sha256(content)
-            picture = load_picture(content, draft_to=draft_to)
-        except (OSError, ValueError) as error:
-            row["error"] = getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
-            return row, None
-        row["width"], row["height"] = _full_size(content, picture)
-        return row, picture
-
 
 @dataclass
 class Embedded:
@@ -116,6 +37,7 @@ class Embedded:
         errors: id and error of each row without an embedding.
         seconds: time that making the rows took.
         unused: entries of the source that hold nothing to embed, a line each.
+        damaged: files of the folder that were damaged or missing; their rows have been made anew.
     """
 
     path: Path
@@ -126,6 +48,7 @@ class Embedded:
     errors: list[tuple[str, str]] = field(default_factory=list)
     seconds: float = 0.0
     unused: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
 
 
 def embed_source(
@@ -145,6 +68,7 @@ def embed_source(
     workers: int | None = None,
     engine: Literal["local", "ray"] = "local",
     address: str | None = None,
+    embedder: SiglipEmbedder | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Embedded:
     """Embeds all pictures or texts of a source into a folder, or brings the folder up to date.
@@ -166,6 +90,7 @@ def embed_source(
         workers: threads that read and decode; with Ray, actors (by default one for each GPU, or for each node).
         engine: "ray" spreads the work over a Ray cluster; all nodes must see the same files.
         address: of the cluster; by default one is started on this machine.
+        embedder: a model that is loaded, in place of `model`, `batch_size`, `device`, `dtype`, `fast` and `workers`.
         on_progress: called with the rows done and the rows to do in this run.
 
     Raises:
@@ -187,12 +112,12 @@ def embed_source(
         source = open_source(source, image_column=image_column, caption_column=caption_column, split=split)
     if kind is None:
         kind = "image" if any(record.image is not None for record in source) else "text"
-    source = source.require("image" if kind == "image" else "captions")
+    source = source.require("image" if kind == "image" else "captions", keep_broken=True)
     items = items_of(source, kind)
-    if dtype is None and (Path(out) / MANIFEST).exists():
+    if embedder is None and dtype is None and (Path(out) / MANIFEST).exists():
         dtype = Manifest.read(out).compute_dtype
     on_ray = engine == "ray"
-    embedder = SiglipEmbedder(
+    embedder = embedder or SiglipEmbedder(
         model,
         device="cpu" if on_ray and device is None else device,
         dtype=dtype,
@@ -202,7 +127,9 @@ def embed_source(
     )
     with EmbeddingWriter(out, _manifest(embedder, kind, store_dtype)) as writer:
         todo, removed = _bring_up_to_date(writer, items)
-        result = Embedded(writer.path, writer.manifest, removed=removed, unused=source.unused)
+        result = Embedded(
+            writer.path, writer.manifest, removed=removed, unused=source.unused, damaged=writer.damaged
+        )
         result.kept = len(items) - len(todo)
         start = time.perf_counter()
         on_progress(0, len(todo))
@@ -218,63 +145,8 @@ def embed_source(
             on_progress(result.done, len(todo))
         result.seconds = time.perf_counter() - start
         result.manifest = writer.finish()
-    result.errors = EmbeddingStore.open(out).errors()
+        result.errors = EmbeddingStore(writer.path, result.manifest).errors()
     return result
-
-
-def embed_items(embedder: SiglipEmbedder, items: Sequence[Item]) -> Iterator[Batch]:
-    """Rows and embeddings, a batch at a time, in the order of the items."""
-    size = embedder.batch_size
-    if items and items[0].text is not None:
-        for batch in (items[start : start + size] for start in range(0, len(items), size)):
-            rows = [
-                {"id": item.id, "stamp": item.stamp(), "sha256": item.sha256(), "text": item.text} for item in batch
-            ]
-            yield rows, embedder.encode_texts([item.text or "" for item in batch])
-        return
-
-    draft_to = embedder.draft_to
-
-    def prepare(chunk: Sequence[Item]) -> tuple[list[dict[str, Any]], Any]:
-        rows: list[dict[str, Any]] = []
-
-        def pictures() -> Iterator[Image.Image]:
-            for item in chunk:
-                row, picture = item.read(draft_to)
-                rows.append(row)
-                if picture is not None:
-                    yield picture
-
-        inputs = embedder.prepare_images(pictures())
-        return rows, inputs
-
-    for chunks, embeddings in embedder.encode_ahead(items, prepare):
-        yield [row for rows in chunks for row in rows], embeddings
-
-
-def items_of(source: Source, kind: str) -> list[Item]:
-    """What there is to embed in a source: its pictures, or the captions of its records, each one.
-
-    Raises:
-        ValueError: if two have the same id.
-    """
-    items = []
-    for record in source:
-        if kind == "image":
-            items.append(Item(record.id, record))
-        else:
-            many = len(record.captions) > 1
-            items += [
-                Item(f"{record.id}#{n}" if many else record.id, record, text) for n, text in enumerate(record.captions)
-            ]
-    seen: set[str] = set()
-    for item in items:
-        if item.id in seen:
-            raise ValueError(
-                f"{source.name}: two entries are called {item.id!r}; embed their folders into one folder each."
-            )
-        seen.add(item.id)
-    return items
 
 
 def _manifest(embedder: SiglipEmbedder, kind: Literal["image", "text"], dtype: Any) -> Manifest:
@@ -315,18 +187,3 @@ def _bring_up_to_date(writer: EmbeddingWriter, items: Sequence[Item]) -> tuple[l
     return [item for item in items if item.id not in writer.known], len(gone)
 
 
-def _sha256(content: Any) -> str:
-    return sha256([content if isinstance(content, bytes) else np.ascontiguousarray(content)])
-
-
-def _full_size(content: Any, picture: Image.Image) -> tuple[int, int]:
-    """Width and height before any reduction while decoding, upright."""
-    if not isinstance(content, bytes):
-        return picture.size
-    if picture.width * picture.height * 64 <= LARGE_JPEG_PIXELS:  # even an eighth of a side of a large one is more
-        return picture.size
-    with Image.open(io.BytesIO(content)) as header:
-        width, height = header.size
-    if (width > height) != (picture.width > picture.height):  # turned by its EXIF tag
-        width, height = height, width
-    return width, height

@@ -108,6 +108,23 @@ class SiglipEmbedder:
             optimize(self.model, self.dtype)
             self.dtype = self.model.dtype
 
+    @classmethod
+    def of(cls, model: Any, processor: Any, *, weights: str, batch_size: int = 64) -> SiglipEmbedder:
+        """An embedder of a model that is loaded already, as it is.
+
+        Args:
+            model: the model; the caller puts it into evaluation mode.
+            processor: its processor.
+            weights: what tells its weights from others, for `model_sha256`.
+            batch_size: pictures or texts in one forward.
+        """
+        embedder = cls.__new__(cls)
+        embedder.name, embedder.model, embedder.processor = model.name_or_path or "a model", model, processor
+        embedder.device, embedder.dtype = model.device, model.dtype
+        embedder.batch_size, embedder.fast, embedder.workers = batch_size, False, usable_cores()
+        embedder.__dict__["model_sha256"] = weights
+        return embedder
+
     @property
     def dimension(self) -> int:
         """D, the length of an embedding."""
@@ -170,7 +187,7 @@ class SiglipEmbedder:
             return len(chunk), self.prepare_images(map(self._load, chunk))
 
         results = [embeds for _, embeds in self.encode_ahead(readers, prepare)]
-        return np.concatenate(results) if results else np.empty((0, self.dimension), np.float32)
+        return np.concatenate(results) if results else self.no_embeddings()
 
     def embed_texts(self, texts: str | Iterable[str]) -> np.ndarray:
         """Embeddings of texts.
@@ -191,7 +208,11 @@ class SiglipEmbedder:
             check_characters(text, "a text")
         batches = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
         results = [self.encode_texts(batch) for batch in batches]
-        return np.concatenate(results) if results else np.empty((0, self.dimension), np.float32)
+        return np.concatenate(results) if results else self.no_embeddings()
+
+    def no_embeddings(self) -> np.ndarray:
+        """Float32 (0, D): the embeddings of nothing."""
+        return np.empty((0, self.dimension), np.float32)
 
     def _load(self, picture: Any) -> Image.Image:
         if isinstance(picture, Record):
@@ -290,15 +311,15 @@ class SiglipEmbedder:
             if inputs:
                 embeds = self.encode_images({name: torch.cat([one[name] for one in inputs]) for name in inputs[0]})
             else:
-                embeds = np.empty((0, self.dimension), np.float32)
+                embeds = self.no_embeddings()
             yield [result for result, _ in done], embeds
 
 
 def _as_pictures(pictures: Any) -> Iterable[Any]:
     if isinstance(pictures, Source):
-        return pictures.require("image")
+        return pictures.require("image", keep_broken=True)
     if isinstance(pictures, str | os.PathLike) or hasattr(pictures, "column_names"):
-        return open_source(pictures).require("image")
+        return open_source(pictures).require("image", keep_broken=True)
     if isinstance(pictures, bytes | Image.Image | np.ndarray | torch.Tensor) and getattr(pictures, "ndim", 3) < 4:
         return [pictures]
     return pictures

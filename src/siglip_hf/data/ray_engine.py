@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from siglip_hf.data.embed import Batch, Item
+    from siglip_hf.data.items import Batch, Item
     from siglip_hf.data.embedder import SiglipEmbedder
 
 # Batches that an actor gets at once: within them, it decodes the next one while its GPU computes.
@@ -35,7 +35,6 @@ class _Actor:
         self.embedder = SiglipEmbedder(workers=cores, **options)
 
     def __call__(self, task: dict[str, Any]) -> dict[str, list[Any]]:
-        from siglip_hf.data.embed import embed_items
 
         results: dict[str, list[Any]] = {"start": [], "batches": []}
         for start, stop in zip(task["start"].tolist(), task["stop"].tolist(), strict=True):

@@ -9,16 +9,16 @@ from __future__ import annotations
 import csv
 import glob
 import io
-import json
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from siglip_hf.files import MOST_BYTES, parse_json, read_text, text_lines
 from siglip_hf.preprocessing.image_intake import PICTURE_SUFFIXES, load_picture
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "sentences", "descrip
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category")
 
 _TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+_PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` has them in an imagefolder
 
 
@@ -42,10 +43,19 @@ class TarMember(NamedTuple):
     size: int
 
     def read(self) -> bytes:
-        """The bytes of the file."""
+        """The bytes of the file.
+
+        Raises:
+            OSError: if the tar file cannot be read, ends before, or the file is larger than `MOST_BYTES`.
+        """
+        if self.size > MOST_BYTES:
+            raise OSError(f"it has {self.size:,} bytes; at most {MOST_BYTES:,} are read")
         with open(self.path, "rb") as file:
             file.seek(self.offset)
-            return file.read(self.size)
+            content = file.read(self.size)
+        if len(content) < self.size:
+            raise OSError(f"{self.path} ends inside it")
+        return content
 
 
 @dataclass(frozen=True)
@@ -71,12 +81,14 @@ class Record:
         image: path or URL, or where else the picture lies; None for a bare text.
         captions: texts that describe it; empty if none are known.
         label: name of its class, or None.
+        error: why the entry of the source cannot be used; it has no picture and no text then.
     """
 
     id: str
     image: str | TarMember | DatasetCell | None = None
     captions: tuple[str, ...] = ()
     label: str | None = None
+    error: str | None = None
 
     @property
     def path(self) -> str | None:
@@ -87,9 +99,11 @@ class Record:
         """The picture as `load_picture` takes it: a path, a URL, bytes, or what a dataset holds.
 
         Raises:
-            ValueError: for a bare text.
+            ValueError: for a bare text, and for an entry that cannot be used.
             OSError: if the file cannot be read.
         """
+        if self.error is not None:
+            raise ValueError(self.error)
         if self.image is None:
             raise ValueError(f"{self.id}: this record has no picture")
         return self.image if isinstance(self.image, str) else self.image.read()
@@ -136,14 +150,18 @@ class Source(Sequence[Record]):
         """Names of the classes, sorted."""
         return sorted({record.label for record in self if record.label is not None})
 
-    def require(self, *parts: str) -> Source:
+    def require(self, *parts: str, keep_broken: bool = False) -> Source:
         """The records that have all of `parts` ("image", "captions", "label"); the others are listed in `unused`.
+
+        Args:
+            parts: what is needed.
+            keep_broken: keep the records that have an error in place of these.
 
         Raises:
             ValueError: if no record has them.
         """
         missing = {record.id: [part for part in parts if not getattr(record, part)] for record in self}
-        kept = [record for record in self if not missing[record.id]]
+        kept = [record for record in self if not missing[record.id] or (keep_broken and record.error is not None)]
         if not kept:
             wanted = " and ".join({"captions": "a caption", "label": "a label", "image": "a picture"}[p] for p in parts)
             raise ValueError(
@@ -151,7 +169,11 @@ class Source(Sequence[Record]):
                 "table (name them if they are called otherwise), a metadata.csv beside the pictures, a .txt file "
                 "beside each picture, or class folders."
             )
-        dropped = [f"{id_}: no {' and no '.join(parts)}" for id_, parts in missing.items() if parts]
+        dropped = [
+            f"{record.id}: {record.error or 'no ' + ' and no '.join(missing[record.id])}"
+            for record in self
+            if missing[record.id] and not (keep_broken and record.error is not None)
+        ]
         return Source(self.name, kept, [*self.unused, *dropped])
 
 
@@ -176,6 +198,9 @@ def open_source(
     - **Text file** (`.txt`): a text each line.
     - **Dataset**: a `datasets.Dataset`, or a `DatasetDict`, of which `split` is taken.
 
+    An entry that cannot be used (a line that is not JSON, a name that is not Unicode, a shard that is cut off) becomes
+    a record with an `error`; the others are as they would be without it.
+
     Args:
         data: the source, or several paths.
         image_column: column with the pictures; by default the first of `IMAGE_COLUMNS` that is there.
@@ -196,6 +221,11 @@ def open_source(
         raise ValueError("no source given: pass a folder, a table, tar shards, a text file or a dataset.")
     paths = [match for path in paths for match in _expand(path)]
     suffixes = {_suffix(path) for path in paths}
+    if packed := next((path for path in paths if path.lower().endswith(_PACKED_SUFFIXES)), None):
+        raise ValueError(
+            f"{packed} is a compressed tar file, and its pictures cannot be read one by one. Decompress it to a .tar "
+            "file, or unpack it into a folder."
+        )
     if suffixes == {".tar"}:
         records = [record for path in paths for record in _from_tar(path, columns, len(paths) > 1)]
         return _named(name, records)
@@ -211,7 +241,7 @@ def open_source(
     if _suffix(path) in _TABLE_SUFFIXES:
         return _from_table(Path(path), columns)
     if _suffix(path) == ".txt":
-        lines = _read_text(Path(path)).splitlines()
+        lines = text_lines(read_text(path))
         return _named(name, [Record(str(i), captions=(line.strip(),)) for i, line in enumerate(lines) if line.strip()])
     raise ValueError(
         f"{path}: no known kind of source; pass a folder, a glob, a table ({', '.join(_TABLE_SUFFIXES)}), .tar shards, "
@@ -245,24 +275,36 @@ def _expand(source: str) -> list[str]:
 
 
 def _pictures_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and path.is_file())
+    # A link to nothing, or a FIFO, that is called like a picture is taken too: reading it says what is wrong.
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES and not path.is_dir())
 
 
 def _suffix(path: str) -> str:
     return os.path.splitext(path)[1].lower()
 
 
-def _named(name: str, records: list[Record], unused: Sequence[str] = ()) -> Source:
+def _named(name: str, records: Sequence[Record], unused: Sequence[str] = ()) -> Source:
     if not records:
         raise ValueError(f"{name} is empty: it holds no picture and no text.")
-    return Source(name, records, unused)
+    return Source(name, [_checked(record) for record in records], unused)
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+def _checked(record: Record) -> Record:
+    """The record, or one with an error if a name or text of it cannot be stored: it has half characters, or NUL.
+
+    Half characters (lone surrogates) stand in Python for bytes of a file's name that are not UTF-8, and come out of
+    JSON escapes such as "\\ud800".
+    """
+    place = record.image.path if isinstance(record.image, TarMember) else record.image
+    texts = {"name": record.id, "path": place, "label": record.label, "caption": "".join(record.captions)}
+    for what, text in texts.items():
+        if isinstance(text, str) and _printable(text) != text:
+            return Record(_printable(record.id), error=f"its {what} is not Unicode text: {ascii(text[:100])}")
+    return record if record.error is None else replace(record, error=_printable(record.error))
+
+
+def _printable(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
 class _Columns(NamedTuple):
@@ -313,7 +355,7 @@ def _from_folder(folder: Path, columns: _Columns, split: str) -> Source:
         datasets = _import_datasets()
         return _from_dataset(datasets.load_from_disk(str(folder)), columns, split, str(folder))
     for metadata in _METADATA_FILES:
-        if (folder / metadata).exists():
+        if (folder / metadata).is_file():
             return _from_table(folder / metadata, columns)
     asked = next(filter(None, columns), None)
     if asked is not None:
@@ -322,12 +364,12 @@ def _from_folder(folder: Path, columns: _Columns, split: str) -> Source:
     for path in _pictures_below(folder):
         relative = path.relative_to(folder)
         beside = path.with_suffix(".txt")
-        captions = (
-            tuple(line.strip() for line in _read_text(beside).splitlines() if line.strip()) if beside.exists() else ()
-        )
-        records.append(
-            Record(relative.as_posix(), str(path), captions, relative.parts[0] if len(relative.parts) > 1 else None)
-        )
+        label = relative.parts[0] if len(relative.parts) > 1 else None
+        try:
+            captions = _texts(text_lines(read_text(beside))) if beside.exists() else ()
+            records.append(Record(relative.as_posix(), str(path), captions, label))
+        except (OSError, ValueError) as error:
+            records.append(Record(relative.as_posix(), label=label, error=f"its captions cannot be read: {error}"))
     labels = {record.label for record in records}
     for child in sorted(folder.iterdir()):
         if child.is_dir() and records and child.name not in labels and not child.name.startswith("."):
@@ -340,40 +382,50 @@ def _from_table(path: Path, columns: _Columns) -> Source:
         datasets = _import_datasets()
         return _from_dataset(datasets.Dataset.from_parquet(str(path)), columns, "train", str(path), path.parent)
     rows = list(_rows(path))
-    present = list(dict.fromkeys(name for row in rows for name in row))
+    present = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
     if not rows:
         raise ValueError(f"{path} is empty: it holds no picture and no text.")
+    if not present:
+        raise ValueError(f"{path}: {next((row for row in rows if isinstance(row, str)), 'no row has a column')}")
     chosen = columns.among(present, str(path))
     return _from_rows(str(path), rows, chosen, lambda row: _place(row.get(chosen.image), path.parent), path.stem)
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a CSV, TSV, JSONL or JSON file.
+def _rows(path: Path) -> Iterator[dict[str, Any] | str]:
+    """Rows of a CSV, TSV, JSONL or JSON file; in place of one that cannot be read, what is wrong with it.
 
     Raises:
-        ValueError: naming the line that cannot be read.
+        ValueError: if the file as a whole cannot be read.
     """
-    text = _read_text(path)
+    text = read_text(path)
     suffix = path.suffix.lower()
     if suffix in (".csv", ".tsv"):
-        yield from csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if suffix == ".tsv" else ",")
-        return
-    if suffix == ".json":
+        # The limit of a cell is the process's; a cell cannot be longer than the file. (2^31 - 1 is the most anywhere.)
+        csv.field_size_limit(min(max(csv.field_size_limit(), len(text)), 2**31 - 1))
+        # Python 3.10 stops at a NUL; half a character is refused for its row alone.
+        lines = io.StringIO(text.replace("\0", "\ud800"), newline="")
         try:
-            rows = json.loads(text)
+            for row in csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ","):
+                row.pop(None, None)  # cells beyond the last column
+                yield row
+        except csv.Error as error:
+            raise ValueError(f"{path} cannot be read as a table: {error}") from error
+    elif suffix == ".json":
+        try:
+            rows = parse_json(text)
         except ValueError as error:
             raise ValueError(f"{path} is not JSON: {error}") from error
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise ValueError(f"{path} must hold a list of objects, a row each.")
+        yield from rows
     else:
-        rows = []
-        for number, line in enumerate(text.splitlines(), 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except ValueError as error:
-                    raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"{path} must hold a list of objects, a row each.")
-    yield from rows
+        for number, line in enumerate(text_lines(text), 1):
+            try:
+                row = parse_json(line) if line.strip() else None
+            except ValueError as error:
+                row = f"line {number} is not JSON: {error}"
+            if row is not None:
+                yield row if isinstance(row, dict | str) else f"line {number} must hold an object, a row each"
 
 
 def _place(value: Any, folder: Path) -> str | None:
@@ -387,10 +439,13 @@ def _place(value: Any, folder: Path) -> str | None:
 
 
 def _from_rows(
-    name: str, rows: Iterable[Mapping[str, Any]], columns: _Columns, image: Callable[[Any], Any], stem: str
+    name: str, rows: Iterable[Mapping[str, Any] | str], columns: _Columns, image: Callable[[Any], Any], stem: str
 ) -> Source:
     records, unused, seen = [], [], set()
     for number, row in enumerate(rows):
+        if isinstance(row, str):
+            records.append(Record(f"{stem}:{number}", error=row))
+            continue
         place = image(row) if columns.image else None
         captions = _texts(row.get(columns.caption)) if columns.caption else ()
         label = _label(row.get(columns.label)) if columns.label else None
@@ -447,28 +502,63 @@ def _is_string(feature: Any) -> bool:
 
 def _from_tar(path: str, columns: _Columns, several: bool) -> Iterator[Record]:
     """Records of a WebDataset shard: members that share a name up to its first dot."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(f"{path}: no such file or folder")
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file or folder'}")
+    shard = Path(path).name
     groups: dict[str, dict[str, TarMember]] = {}
+    damage = None
     try:
         with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                if member.isfile():
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, extension = base.partition(".")
-                    key = f"{folder}/{stem}" if folder else stem
-                    groups.setdefault(key, {})[extension.lower()] = TarMember(path, member.offset_data, member.size)
+            try:
+                for member in archive:
+                    if member.isfile():
+                        folder, _, base = member.name.rpartition("/")
+                        stem, _, extension = base.partition(".")
+                        key = f"{folder}/{stem}" if folder else stem
+                        groups.setdefault(key, {})[extension.lower()] = TarMember(path, member.offset_data, member.size)
+            except tarfile.TarError as error:
+                damage = str(error)
     except tarfile.TarError as error:
         raise ValueError(f"{path} is not an uncompressed tar file: {error}") from error
+    # Python takes a damaged or missing header for the end, which is really marked by blocks of zeros.
+    with open(path, "rb") as file:
+        file.seek(archive.offset)
+        if damage is None and file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            damage = "its end is missing"
     for key, parts in groups.items():
-        picture = next((part for ext, part in parts.items() if f".{ext.rpartition('.')[2]}" in PICTURE_SUFFIXES), None)
-        fields = json.loads(parts["json"].read()) if "json" in parts else {}
-        caption = next((fields[name] for name in (columns.caption, *CAPTION_COLUMNS) if name and name in fields), None)
-        label = next((fields[name] for name in (columns.label, *LABEL_COLUMNS) if name and name in fields), None)
-        captions = (
-            tuple(parts["txt"].read().decode("utf-8").strip().splitlines()) if "txt" in parts else _texts(caption)
-        )
-        if "cls" in parts:
-            label = parts["cls"].read().decode("utf-8")
-        if picture is not None or captions:
-            yield Record(f"{Path(path).name}/{key}" if several else key, picture, captions, _label(label))
+        id_ = f"{shard}/{key}" if several else key
+        try:
+            record = _from_members(id_, parts, columns)
+        except ValueError as error:
+            record = Record(id_, error=f"{shard}: {error}")
+        if record.image is not None or record.captions or record.error is not None:
+            yield record
+    if damage is not None:
+        yield Record(shard, error=f"{path} is damaged or cut off after {archive.offset:,} bytes: {damage}")
+
+
+def _from_members(id_: str, parts: Mapping[str, TarMember], columns: _Columns) -> Record:
+    """The record of members that belong together, by their extensions.
+
+    Raises:
+        ValueError: if one of those with texts cannot be read; the message names it.
+    """
+
+    def parse(extension: str, parser: Callable[[bytes], Any], default: Any) -> Any:
+        try:
+            return parser(parts[extension].read()) if extension in parts else default
+        except (OSError, ValueError) as error:
+            raise ValueError(f"the .{extension} of {id_} cannot be read: {error}") from error
+
+    def decode(content: bytes) -> str:
+        return content.decode("utf-8-sig")
+
+    picture = next((part for ext, part in parts.items() if f".{ext.rpartition('.')[2]}" in PICTURE_SUFFIXES), None)
+    fields = parse("json", parse_json, {})
+    if not isinstance(fields, dict):
+        raise ValueError(f"the .json of {id_} must hold an object")
+    caption = next((fields[name] for name in (columns.caption, *CAPTION_COLUMNS) if name and name in fields), None)
+    label = next((fields[name] for name in (columns.label, *LABEL_COLUMNS) if name and name in fields), None)
+    text = parse("txt", decode, None)
+    captions = _texts(caption if text is None else text_lines(text))
+    return Record(id_, picture, captions, _label(parse("cls", decode, label)))

@@ -2,13 +2,15 @@
 
 A folder of embeddings holds
 
-- `manifest.json`: what the numbers are (see `Manifest`) and whether the last run came to its end;
-- `part-00000.parquet`, ...: the rows, columns as in `SCHEMA`;
-- while a run is going on, `batch-000000.parquet`, ...: finished batches that are not yet in a part.
+- `manifest.json`: what the numbers are (see `Manifest`), whether the last run came to its end, and checksums of the
+  parts and of itself;
+- `part-00000.parquet`, ...: the rows, columns as in `COLUMNS`;
+- while a run is going on, `batch-000000-CHECKSUM.parquet`, ...: finished batches that are not yet in a part.
 
 Every file is written beside its place and renamed into it. A batch is safe from the moment its file has its name; when
 a part is full, its batches are joined to it and removed. Killed between these two steps, a batch is in both places,
 which its ids tell. Parts end where a batch ends, so that an interrupted run gives the same files as an unbroken one.
+The checksum of a part is noted before the part takes its place, and that of the part before it is kept until then.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +28,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from siglip_hf.data.sources import TarMember
-from siglip_hf.files import new_file, only_run, parse_json, write_json
+from siglip_hf.files import new_file, only_run, read_sealed_json, sha256, sha256_of_files, write_sealed_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no checksums; it is still read
 MANIFEST = "manifest.json"
 #: Rows after which a part is closed: 12 MB of fp16 at 768 dimensions.
 PART_ROWS = 8192
@@ -56,7 +59,7 @@ COLUMNS = {
 }
 
 _PART = re.compile(r"part-(\d{5,})\.parquet")
-_BATCH = re.compile(r"batch-(\d{6,})\.parquet")
+_BATCH = re.compile(r"batch-(\d{6,})(?:-([0-9a-f]{16}))?\.parquet")
 _TAR_MEMBER = re.compile(r"(?P<path>.+)\?offset=(?P<offset>\d+)&size=(?P<size>\d+)")
 
 
@@ -92,6 +95,7 @@ class Manifest:
         rows: number of rows, if complete.
         errors: number of rows without an embedding among them.
         parts: rows of each part by name, if complete.
+        checksums: SHA-256 of each part by name; two while it is being replaced, of the part before and after.
         format_version: of this layout.
     """
 
@@ -108,6 +112,7 @@ class Manifest:
     rows: int = 0
     errors: int = 0
     parts: Mapping[str, int] = field(default_factory=dict)
+    checksums: Mapping[str, Sequence[str]] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -124,13 +129,25 @@ class Manifest:
         if not path.is_file():
             raise ValueError(f"{folder} holds no embeddings: there is no {MANIFEST}. `siglip-hf embed` makes them.")
         try:
-            content = parse_json(path.read_bytes())
+            content = read_sealed_json(path)
             version = content.get("format_version")
-            if version != FORMAT_VERSION:
+            if version not in (1, FORMAT_VERSION):
                 raise ValueError(f"it has format version {version!r}, and this package reads {FORMAT_VERSION}")
-            return cls(**content)
+            if version != 1 and "checksum" not in content:
+                raise ValueError("its checksum is missing")
+            content.pop("checksum", None)
+            manifest = cls(**content)
+            if manifest.dtype not in ("float16", "float32") or type(manifest.dimension) is not int:
+                raise ValueError(f"vectors of {manifest.dimension!r} numbers of type {manifest.dtype!r} are not known")
+            if manifest.complete and sum(manifest.parts.values()) != manifest.rows:
+                raise ValueError(f"its parts hold {sum(manifest.parts.values())} rows, not {manifest.rows}")
+            if not all(map(_PART.fullmatch, manifest.parts)):
+                raise ValueError(f"its parts are called {', '.join(manifest.parts)}")
+            return manifest
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is no manifest of embeddings: {error}") from error
+            raise ValueError(
+                f"{path} is damaged, or no manifest of embeddings: {error}. Embed into another folder."
+            ) from error
 
     def difference(self, other: Manifest) -> str | None:
         """In words, why rows of `other` cannot be added to a folder with this manifest; None if they can."""
@@ -159,9 +176,14 @@ class EmbeddingStore:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path, self.manifest = path, manifest
 
+    @property
+    def has_checksums(self) -> bool:
+        """Whether damage can be found; not in folders of earlier versions, until `siglip-hf embed` has run there."""
+        return self.manifest.format_version > 1
+
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> EmbeddingStore:
-        """Opens a folder that `siglip-hf embed` wrote to its end.
+        """Opens a folder that `siglip-hf embed` wrote to its end, and compares all files with their checksums.
 
         Args:
             path: the folder.
@@ -174,12 +196,11 @@ class EmbeddingStore:
         if not manifest.complete:
             raise ValueError(f"{path} is not finished: run `siglip-hf embed` once more, it goes on where it stopped.")
         store = cls(path, manifest)
-        found = {name: _count_rows(path / name) for name in manifest.parts}
         for name, rows in manifest.parts.items():
-            if found[name] != rows:
-                state = "missing or damaged" if found[name] is None else f"of {found[name]} rows, not {rows}"
+            sums = manifest.checksums.get(name, ()) if store.has_checksums else None
+            if _checksum(path / name, sums) is None or (sums is None and _count_rows(path / name) != rows):
                 raise ValueError(
-                    f"{path} is damaged: {name} is {state}. Run `siglip-hf embed` again; what is missing is made anew."
+                    f"{path} is damaged: {name} is missing or damaged. Run `siglip-hf embed` again; it is made anew."
                 )
         return store
 
@@ -207,6 +228,23 @@ class EmbeddingStore:
         """All embeddings, float32 (N, D), in the order of `rows`."""
         parts = [vectors for _, vectors in self.iter_batches([])]
         return np.concatenate(parts) if parts else np.empty((0, self.manifest.dimension), np.float32)
+
+    def mapped_vectors(self) -> np.ndarray:
+        """As `vectors`, in a file that the system may take out of memory; it is gone when the array is."""
+        if not len(self):
+            return self.vectors()
+        with tempfile.TemporaryFile(dir=self.path) as file:
+            mapped = np.memmap(file, np.float32, "w+", shape=(len(self), self.manifest.dimension))
+        start = 0
+        for _, vectors in self.iter_batches([]):
+            mapped[start : start + len(vectors)] = vectors
+            start += len(vectors)
+        return mapped
+
+    def stamps(self) -> dict[str, str | None]:
+        """The stamp of each row by its id, also of those without an embedding."""
+        tables = [_read(self.path / name, ["id", "stamp"]) for name in self.manifest.parts]
+        return {id_: stamp for table in tables for id_, stamp in zip(*table.to_pydict().values(), strict=True)}
 
     def rows(self, columns: Sequence[str] | None = None) -> pa.Table:
         """A table of all rows that have an embedding, without it; `columns` as in `iter_batches`."""
@@ -259,6 +297,7 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
         manifest: as it was found, or as it was begun.
         known: stamp of each row by its id.
         unread: ids of the rows whose content could not be read.
+        damaged: names of the files that were damaged or missing; they are removed, so that their rows are made anew.
     """
 
     def __init__(self, path: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -279,34 +318,47 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
     def _open(self, manifest: Manifest) -> None:
         for leftover in self.path.glob(".*.partial"):
             leftover.unlink()
+        is_old = False
         if (self.path / MANIFEST).exists():
             self.manifest = Manifest.read(self.path)
             if difference := self.manifest.difference(manifest):
                 raise ValueError(f"{self.path} holds embeddings with {difference}; give another folder, or remove it.")
+            is_old = self.manifest.format_version == 1
         elif any(entry.name != ".lock" for entry in self.path.iterdir()):
             raise ValueError(f"{self.path} is not empty and holds no embeddings; give another folder.")
         else:
-            self.manifest = dataclasses.replace(manifest, complete=False, rows=0, errors=0, parts={})
-            self._write_manifest()
+            self.manifest = dataclasses.replace(manifest, complete=False, rows=0, errors=0, parts={}, checksums={})
+            self._save()
         self.known: dict[str, str | None] = {}
-        self._files: dict[Path, list[str]] = {}  # ids of each part and batch, in order
         self.unread: set[str] = set()
+        self.damaged = [name for name in self.manifest.parts if not (self.path / name).exists()]
+        self._files: dict[Path, list[str]] = {}  # ids of each part and batch, in order
+        checksums: dict[str, list[str]] = {}
         for file in sorted(self.path.iterdir(), key=lambda file: (_BATCH.fullmatch(file.name) is not None, file.name)):
-            is_batch = _BATCH.fullmatch(file.name) is not None
-            if not is_batch and not _PART.fullmatch(file.name):
+            batch = _BATCH.fullmatch(file.name)
+            if batch is None and not _PART.fullmatch(file.name):
                 continue
-            if _count_rows(file) is None:  # the machine lost power while it was written
+            sums = self.manifest.checksums.get(file.name, ()) if batch is None else [batch[2]] if batch[2] else None
+            found = _checksum(file, None if is_old else sums)
+            if found is None:
                 file.unlink()
+                self.damaged.append(file.name)
                 continue
             table = _read(file, ["id", "stamp", "sha256"])
             ids = table["id"].to_pylist()
-            if is_batch and ids[0] in self.known:
+            if batch is not None and ids[0] in self.known:
                 file.unlink()  # its part was written, and the run was killed before this
                 continue
+            if batch is None:
+                checksums[file.name] = [found]
             self._files[file] = ids
             self.known.update(zip(ids, table["stamp"].to_pylist(), strict=True))
             self.unread.update(table.filter(table["sha256"].is_null())["id"].to_pylist())
-
+        if self.damaged or is_old:  # so that a run that is killed now does not forget what it has found
+            self._begin()
+        self.manifest = dataclasses.replace(self.manifest, checksums=checksums, format_version=FORMAT_VERSION)
+        if self.damaged or is_old:
+            self._save()
         self._fold_if_full()  # killed after the last batch of a part had been written
 
     def __exit__(self, *error: object) -> None:
@@ -329,6 +381,8 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
         if not gone and not stamps:
             return
         self._begin()
+        if any(_BATCH.fullmatch(file.name) for file in self._files):
+            self._fold()
         for file, ids in list(self._files.items()):
             if gone.isdisjoint(ids) and stamps.keys().isdisjoint(ids):
                 continue
@@ -341,7 +395,7 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
                 continue
             new = [stamps.get(id_, stamp) for id_, stamp in zip(ids, table["stamp"].to_pylist(), strict=True)]
             place = table.schema.get_field_index("stamp")
-            self._write(file, table.set_column(place, table.schema.field(place), pa.array(new, pa.string())))
+            self._write_part(file, table.set_column(place, table.schema.field(place), pa.array(new, pa.string())))
             self._files[file] = ids
         for id_ in gone:
             self.known.pop(id_, None)
@@ -361,8 +415,11 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
             return
         self._begin()
         batches = [int(match[1]) for file in self._files if (match := _BATCH.fullmatch(file.name))]
-        file = self.path / f"batch-{max(batches, default=-1) + 1:06d}.parquet"
-        self._write(file, _to_table(rows, embeddings, self.manifest))
+        content = _to_bytes(_to_table(rows, embeddings, self.manifest))
+        file = self.path / f"batch-{max(batches, default=-1) + 1:06d}-{sha256([content])[:16]}.parquet"
+        # Without waiting for the disk: a crash of the machine may cost a batch, which is then made anew.
+        with new_file(file, sync=False) as partial:
+            partial.write_bytes(content)
         self._files[file] = [row["id"] for row in rows]
         self.known.update((row["id"], row.get("stamp")) for row in rows)
         self._fold_if_full()
@@ -373,12 +430,18 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
             self._fold()
         errors = sum(_read(file, ["error"])["error"].is_valid().to_numpy().sum() for file in self._files)
         parts = {file.name: len(self._files[file]) for file in sorted(self._files)}
+        checksums = {name: self.manifest.checksums[name] for name in parts}
         done = dataclasses.replace(
-            self.manifest, complete=True, rows=sum(parts.values()), errors=int(errors), parts=parts
+            self.manifest,
+            complete=True,
+            rows=sum(parts.values()),
+            errors=int(errors),
+            parts=parts,
+            checksums=checksums,
         )
         if done != self.manifest:
             self.manifest = done
-            self._write_manifest()
+            self._save()
         return done
 
     def _open_files(self) -> dict[Path, list[str]]:
@@ -401,7 +464,7 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
         else:
             numbers = [int(match[1]) for file in self._files if (match := _PART.fullmatch(file.name))]
             part = self.path / f"part-{max(numbers, default=-1) + 1:05d}.parquet"
-        self._write(part, pa.concat_tables([_read(file) for file in files]), sync=True)
+        self._write_part(part, pa.concat_tables([_read(file) for file in files]))
         self._files[part] = [id_ for file in files for id_ in self._files[file]]
         for file in files:
             if file != part:
@@ -411,18 +474,22 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
     def _begin(self) -> None:
         if self.manifest.complete:
             self.manifest = dataclasses.replace(self.manifest, complete=False, rows=0, errors=0, parts={})
-            self._write_manifest()
+            self._save()
 
-    def _write(self, file: Path, table: pa.Table, sync: bool = False) -> None:
-        _, parquet = import_pyarrow()
-        with new_file(file, sync=sync) as partial:
-            # One chunk, one row group: the bytes depend on the rows alone.
-            parquet.write_table(
-                table.combine_chunks(), partial, compression="zstd", use_dictionary=False, row_group_size=len(table)
-            )
+    def _write_part(self, file: Path, table: pa.Table) -> None:
+        content = _to_bytes(table)
+        checksums = {**self.manifest.checksums}
+        new = sha256([content])
+        # A run may be killed before or after the part takes its place, so both are noted.
+        checksums[file.name] = [*checksums.get(file.name, ()), new]
+        self.manifest = dataclasses.replace(self.manifest, checksums=checksums)
+        self._save()
+        with new_file(file) as partial:
+            partial.write_bytes(content)
+        self.manifest = dataclasses.replace(self.manifest, checksums={**checksums, file.name: [new]})
 
-    def _write_manifest(self) -> None:
-        write_json(self.path / MANIFEST, dataclasses.asdict(self.manifest))
+    def _save(self) -> None:
+        write_sealed_json(self.path / MANIFEST, dataclasses.asdict(self.manifest))
 
 
 def _schema(manifest: Manifest) -> Any:
@@ -446,18 +513,40 @@ def _to_table(rows: Sequence[Mapping[str, Any]], embeddings: np.ndarray, manifes
     return pa.Table.from_arrays([*columns, numbers], schema=schema)
 
 
+def _to_bytes(table: pa.Table) -> Any:
+    pa, parquet = import_pyarrow()
+    sink = pa.BufferOutputStream()
+    # One chunk, one row group: the bytes depend on the rows alone.
+    parquet.write_table(
+        table.combine_chunks(), sink, compression="zstd", use_dictionary=False, row_group_size=len(table)
+    )
+    return sink.getvalue()
+
+
 def _read(file: Path, columns: list[str] | None = None) -> Any:
-    _, parquet = import_pyarrow()
-    # ParquetFile, because read_table takes a folder's name apart in search of partitions.
-    with parquet.ParquetFile(file) as handle:
-        return handle.read(columns)
+    pa, parquet = import_pyarrow()
+    try:
+        # ParquetFile, because read_table takes a folder's name apart in search of partitions.
+        with parquet.ParquetFile(file) as handle:
+            return handle.read(columns)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{file} is damaged: {error}. Run `siglip-hf embed` again; it is made anew.") from error
 
 
 def _count_rows(file: Path) -> int | None:
-    """Rows of a part, or None if it cannot be read."""
-    pa, parquet = import_pyarrow()
+    """Rows of a part, all of it read, or None if it cannot be read."""
     try:
-        with parquet.ParquetFile(file) as handle:
-            return handle.metadata.num_rows
-    except (OSError, pa.ArrowInvalid):
+        return len(_read(file))
+    except ValueError:
         return None
+
+
+def _checksum(file: Path, right: Sequence[str] | None) -> str | None:
+    """SHA-256 of a file, or None if it begins with none of `right`, or, where these are not known, cannot be read."""
+    try:
+        found = sha256_of_files([file])
+    except OSError:
+        return None
+    if right is None:
+        return found if _count_rows(file) is not None else None
+    return found if any(found.startswith(one) for one in right) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from siglip_hf.files import parse_json, text_lines
 from siglip_hf.inference.optimize.optimization import optimize
 from siglip_hf.inference.pipeline import SiglipZeroShotImageClassificationPipeline
 from siglip_hf.parallel import prefetch
@@ -53,7 +53,7 @@ def read_labels_file(path: str | Path) -> list[str]:
             "file name goes to --truth, and then no other labels are needed."
         )
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
+        lines = text_lines(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"the labels file {str(path)!r} cannot be read: {error}") from error
     labels = [line.strip() for line in lines if line.strip()]
@@ -69,7 +69,7 @@ def read_truth_file(path: str | Path) -> dict[str, str]:
         ValueError: if the file cannot be read as such.
     """
     try:
-        truth = json.loads(Path(path).read_text(encoding="utf-8"))
+        truth = parse_json(Path(path).read_bytes())
     except (OSError, ValueError) as error:
         raise ValueError(f"the file of right labels {str(path)!r} cannot be read: {error}") from error
     if not isinstance(truth, dict) or not truth or not all(isinstance(label, str) for label in truth.values()):

@@ -6,8 +6,8 @@ section 4.1.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -17,16 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from siglip_hf.data.sources import DatasetCell, Record, Source, TarMember
-from siglip_hf.files import sha256, write_json
-from siglip_hf.parallel import prefetch
+from siglip_hf.data.embed import embed_source
+from siglip_hf.data.embedder import SiglipEmbedder
+from siglip_hf.data.items import items_of
+from siglip_hf.data.sources import Record, Source
+from siglip_hf.data.store import MANIFEST, EmbeddingStore, Manifest
+from siglip_hf.files import sha256
 from siglip_hf.preprocessing.image_intake import PictureError
-from siglip_hf.training.collator import PictureCollator
 
 _TOWERS = {"image": "vision_model", "text": "text_model"}
-_MANIFEST, _PROGRESS, _EMBEDDINGS = "manifest.json", "progress.json", "embeddings.npy"
-# Batches between two notes of how far a store has come.
-_NOTE_EVERY = 16
 
 
 def freeze(model: nn.Module, parts: str | Iterable[str]) -> list[str]:
@@ -86,44 +85,27 @@ def image_weights_hash(model: nn.Module) -> str:
     return sha256(parts())
 
 
-def source_hash(source: Source) -> str:
-    """SHA-256 of where a source's pictures lie; for files, also of their sizes and the times they were changed."""
-    return sha256(f"{record.id}\0{_place(record)}\n".encode() for record in source)
-
-
-def _place(record: Record) -> str:
-    image = record.image
-    if isinstance(image, DatasetCell):
-        return f"{image.dataset._fingerprint} {image.row} {image.column}"
-    path = image.path if isinstance(image, TarMember) else record.path
-    try:
-        stat = os.stat(path) if path else None
-    except OSError:
-        return f"{image} missing"
-    return f"{image} {stat.st_size} {stat.st_mtime_ns}" if stat else str(image)
-
-
 class ImageStore:
     """The image embeddings of a source, mapped from disk; made by `store_images`.
 
+    It is a folder of embeddings like those of `siglip-hf embed`, and verified like them when it is opened.
+
     Attributes:
         folder: Where it lies.
-        embeddings: (N, E) float32, L2-normalized, mapped into memory; a row per record.
+        embeddings: (N, E) float32, L2-normalized, mapped into memory; a row per picture that could be read.
         broken: By the id of a record, why its picture could not be read.
     """
 
     def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = Path(folder)
-        try:
-            self.manifest = json.loads((self.folder / _MANIFEST).read_text())
-        except FileNotFoundError as error:
-            raise FileNotFoundError(f"{folder} holds no finished image embeddings ({_MANIFEST} is missing)") from error
-        self.broken: dict[str, str] = self.manifest["broken"]
-        self._rows = {id_: row for row, id_ in enumerate(self.manifest["ids"])}
-        self.embeddings = np.load(self.folder / _EMBEDDINGS, mmap_mode="r")
+        stored = EmbeddingStore.open(folder)
+        self.folder, self.manifest = stored.path, stored.manifest
+        self.broken = dict(stored.errors())
+        self.embeddings = stored.mapped_vectors()
+        self._rows = {id_: row for row, id_ in enumerate(stored.rows(["id"])["id"].to_pylist())}
+        self._stamps = stored.stamps()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._stamps)
 
     def read(self, record: Record) -> Tensor:
         """The embedding (E,) of a record's picture.
@@ -149,7 +131,11 @@ class ImageStore:
         Raises:
             ValueError: naming what has changed since the store was made.
         """
-        _refuse_other(self.folder, self.manifest, _identity(model, processor, source))
+        embedder = _embedder(model, processor)
+        changed = _differences(self.manifest, embedder)
+        if any(self._stamps.get(item.id, "") != item.stamp() for item in items_of(source, "image")):
+            changed.append("source")
+        _refuse(self.folder, changed)
 
 
 def store_images(
@@ -163,89 +149,56 @@ def store_images(
 ) -> ImageStore:
     """Embeds all pictures of a source once, or opens what was stored before.
 
-    A call that was interrupted, however hard, is continued by the next.
+    A call that was interrupted, however hard, is continued by the next; pictures that have changed are embedded anew.
 
     Args:
         model: The model whose image tower is locked; it is not trained by this.
         processor: Its processor.
         source: The pictures, each record one.
-        folder: Where to. It gets N * E * 4 bytes.
+        folder: Where to. It gets N * E * 4 bytes, and as much again while it is open.
         batch_size: Pictures in one forward.
         on_progress: Called with the number of pictures done, those of an interrupted call included.
 
     Raises:
-        ValueError: If the folder belongs to another model, processor or source: a stale store is never used.
+        ValueError: If the folder belongs to another model or processor: a stale store is never used.
+        OSError: If another run writes to it, or the disk is full.
     """
     folder = Path(folder)
-    identity = _identity(model, processor, source)
-    if (folder / _MANIFEST).exists():
-        store = ImageStore(folder)
-        _refuse_other(folder, store.manifest, identity)
-        return store
-    folder.mkdir(parents=True, exist_ok=True)
-    done, broken = 0, {}
-    if (folder / _PROGRESS).exists():
-        progress = json.loads((folder / _PROGRESS).read_text())
-        _refuse_other(folder, progress, identity)
-        done, broken = progress["done"], progress["broken"]
-    elif any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and holds no image embeddings; give another folder.")
-    else:
-        write_json(folder / _PROGRESS, {**identity, "done": 0, "broken": {}})
+    embedder = _embedder(model, processor, batch_size)
+    if (folder / MANIFEST).exists():
+        _refuse(folder, _differences(Manifest.read(folder), embedder))
+        with contextlib.suppress(ValueError):  # it is not finished, damaged, or the pictures have changed
+            store = ImageStore(folder)
+            store.check(model, processor, source)
+            return store
 
-    device = next(model.parameters()).device
-    collate = PictureCollator(processor)
-    numbered = list(enumerate(source))
-    batches = [numbered[start : start + batch_size] for start in range(done, len(source), batch_size)]
+    def tell(done: int, total: int) -> None:
+        if on_progress is not None and done:
+            on_progress(len(source) - total + done)
+
     was_training = model.training
     model.eval()
-    embeddings = None
-    for index, batch in enumerate(prefetch(batches, collate)):
-        places, readable = batch.pop("places"), batch.pop("readable")
-        broken |= dict(batch.pop("broken"))
-        with torch.no_grad():
-            output = model(**{name: value.to(device) for name, value in batch.items()}, return_dict=True)
-        rows = output.image_embeds.float().cpu()
-        rows[~readable] = 0
-        if embeddings is None:
-            embeddings = _open_rows(folder / _EMBEDDINGS, len(source), rows.shape[1])
-        embeddings[places[0] : places[-1] + 1] = rows.numpy()
-        done = int(places[-1]) + 1
-        if index % _NOTE_EVERY == _NOTE_EVERY - 1:
-            embeddings.flush()
-            write_json(folder / _PROGRESS, {**identity, "done": done, "broken": broken})
-        if on_progress is not None:
-            on_progress(done)
-    model.train(was_training)
-    if embeddings is not None:
-        embeddings.flush()
-    write_json(folder / _MANIFEST, {**identity, "broken": broken, "ids": [record.id for record in source]})
-    (folder / _PROGRESS).unlink(missing_ok=True)
+    try:
+        embed_source(source, folder, kind="image", embedder=embedder, store_dtype="float32", on_progress=tell)
+    finally:
+        model.train(was_training)
     return ImageStore(folder)
 
 
-def _open_rows(path: Path, count: int, width: int) -> np.memmap:
-    """The file of embeddings, made if it is not there."""
-    shape = (count, width)
-    if path.exists():
-        rows = np.lib.format.open_memmap(path, mode="r+")
-        if rows.shape == shape:
-            return rows
-    return np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+def _embedder(model: nn.Module, processor: Any, batch_size: int = 64) -> SiglipEmbedder:
+    return SiglipEmbedder.of(model, processor, weights=image_weights_hash(model), batch_size=batch_size)
 
 
-def _identity(model: nn.Module, processor: Any, source: Source) -> dict[str, str]:
-    """What embeddings depend on, each as a hash."""
-    settings = json.dumps(processor.image_processor.to_dict(), sort_keys=True, default=str)
-    return {
-        "image tower": image_weights_hash(model),
-        "image processor": sha256([settings.encode()]),
-        "source": source_hash(source),
+def _differences(manifest: Manifest, embedder: SiglipEmbedder) -> list[str]:
+    """What embeddings depend on and has changed."""
+    pairs = {
+        "image tower": (manifest.model_sha256, embedder.model_sha256),
+        "image processor": (manifest.preprocessing, embedder.preprocessing("image")),
     }
+    return [name for name, (found, wanted) in pairs.items() if found != wanted]
 
 
-def _refuse_other(folder: Path, found: dict[str, Any], wanted: dict[str, str]) -> None:
-    changed = [name for name, value in wanted.items() if found.get(name) != value]
+def _refuse(folder: Path, changed: list[str]) -> None:
     if changed:
         raise ValueError(
             f"{folder} holds embeddings of another {' and '.join(changed)}; remove it, or give another folder."

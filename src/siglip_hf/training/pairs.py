@@ -43,7 +43,9 @@ def training_pairs(data: Any) -> Source:
     records, unused = [], list(source.unused)
     for record in source:
         captions = tuple(caption for caption in record.captions if _has_words(caption))
-        if record.image is None:
+        if record.error is not None:
+            unused.append(f"{record.id}: {record.error}")
+        elif record.image is None:
             unused.append(f"{record.id}: no picture")
         elif not captions and record.label is None:
             unused.append(f"{record.id}: {'a caption without words' if record.captions else 'no caption'}")

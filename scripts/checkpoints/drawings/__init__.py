@@ -1,1 +1,0 @@
-"""Where the training pictures come from: packages and licences, concepts and names, rendering, restyling."""

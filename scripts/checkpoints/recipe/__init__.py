@@ -1,1 +1,0 @@
-"""The recipe of the embedded checkpoints: pictures and their augmentation, captions, the stages of both trainings."""

@@ -1,0 +1,1 @@
+"""The parts of scripts/train_naflex.py: how the model starts, pictures on canvases of any shape, the stages."""
