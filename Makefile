@@ -1,8 +1,10 @@
 # Everything a newcomer needs: `make demo` and `make test` make their own environment first.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-browser test-gpu lint types format bench docs clean
+.PHONY: help demo test test-slow test-browser test-gpu lint types format bench checkpoint docs clean
 
 PYTHON ?= python3
+MINUTES ?= 240
+DEVICE ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 # Installed once per change of the dependencies; the stamp remembers it.
@@ -55,6 +57,10 @@ bench: $(DEV) ## compare with stock transformers and peers on this machine; prin
 	$(PIP) -e ".[bench]"
 	$(PIP) --no-deps open_clip_torch timm ftfy
 	for script in $(filter-out %/common.py,$(wildcard scripts/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+checkpoint: $(DEV) ## make both embedded checkpoints from nothing; MINUTES=240 of two idle cores, or DEVICE=cuda
+	$(PIP) -e ".[data]"
+	$(BIN)/python scripts/checkpoints/make_checkpoint.py --minutes $(MINUTES) --device $(DEVICE)
 
 docs: $(DEV) ## build the documentation into site/ and check its links
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -213,7 +213,9 @@ def test_a_damaged_index_is_named(run, demo):
 
 @pytest.fixture(scope="module")
 def script():
-    spec = importlib.util.spec_from_file_location("evaluate_search", ROOT / "scripts" / "evaluate_search.py")
+    spec = importlib.util.spec_from_file_location(
+        "evaluate_search", ROOT / "scripts" / "checkpoints" / "evaluate_search.py"
+    )
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
@@ -233,7 +235,7 @@ def test_twenty_queries_find_the_right_pictures_of_the_demo(script, tmp_path):
 def test_twenty_queries_find_the_right_pictures_of_a_style_that_was_not_trained_on(script, tmp_path):
     data = ROOT / "data" / "pictures"
     if not (data / "fxemoji.npy").exists():
-        pytest.skip("no pictures: run scripts/build_pictures.py")
+        pytest.skip("no pictures: run scripts/checkpoints/build_pictures.py")
     found, count = script.built_recall(data, "fxemoji", tmp_path)
     assert count > 500
     assert found[1] >= 0.55  # measured: 0.60, 0.70 and 0.75

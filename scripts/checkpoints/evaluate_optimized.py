@@ -1,8 +1,8 @@
 """What `siglip_hf.optimize` costs in accuracy: the embedded checkpoint's evaluation, plain, in bfloat16 and in int8.
 
-Usage: python scripts/evaluate_optimized.py [--data data/pictures]
+Usage: python scripts/checkpoints/evaluate_optimized.py [--data data/pictures]
 
-The measures are those of scripts/evaluate_default.py, on its pictures (scripts/build_pictures.py).
+The measures are those of evaluate_default.py, on the pictures of build_pictures.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.table import Table
 
 import siglip_hf
 from evaluate_default import Evaluator, evaluate
-from training_default.pictures import read_concepts
+from recipe.pictures import read_concepts
 
 KINDS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": torch.bfloat16},

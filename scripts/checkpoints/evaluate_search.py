@@ -1,7 +1,7 @@
 """Whether `siglip-hf index` and `search` find the right picture for 20 stated queries, with the embedded checkpoint.
 
-    python scripts/evaluate_search.py                         # the demo's 24 pictures
-    python scripts/evaluate_search.py --data data/pictures    # and every picture that build_pictures.py has made
+    python scripts/checkpoints/evaluate_search.py                       # the demo's 24 pictures
+    python scripts/checkpoints/evaluate_search.py --data data/pictures  # and all pictures of build_pictures.py
 
 Recall@k: the share of the queries with a right picture among the first k. In the built pictures an answer is right if
 the name of the thing has the query's noun in it as a word, such as "cat face" for "a cat"; they are all of a style, the
@@ -46,7 +46,7 @@ QUERIES = {
     "a guitar": "guitar",
     "an umbrella": "umbrella",
 }
-DEMO = Path(__file__).parents[1] / "src" / "siglip_hf" / "apps" / "pictures"
+DEMO = Path(__file__).parents[2] / "src" / "siglip_hf" / "apps" / "pictures"
 DEPTHS = (1, 3, 10)
 
 

@@ -1,6 +1,6 @@
 """Render the demo's pictures: 24 well-known things in FxEmoji's hand, which the embedded checkpoint has never seen.
 
-The things were chosen by name before any of them was scored. Usage: python scripts/build_fixtures.py
+The things were chosen by name before any of them was scored. Usage: python scripts/checkpoints/build_fixtures.py
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from build_pictures import CAPTIONS, STYLES, NameMatcher, fetch, iconify_svgs, read_concepts, render, write_json
+from drawings.concepts import NameMatcher, read_concepts
+from drawings.drawing import emoji_svgs, render
+from drawings.sources import CAPTIONS, EMOJI, fetch, write_json
 
 SIZE = 160
 THINGS = (
@@ -27,7 +29,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("src/siglip_hf/apps/pictures"))
     parser.add_argument("--cache", type=Path, default=Path("data/pictures/npm"), help="where packages are kept")
     arguments = parser.parse_args()
-    style = next(style for style in STYLES if style.name == "fxemoji")
+    style = next(style for style in EMOJI if style.name == "fxemoji")
     try:
         concepts = read_concepts(fetch(*CAPTIONS, arguments.cache))
         folder = fetch(style.package, style.version, style.licence, arguments.cache)
@@ -35,13 +37,15 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     code_of = {concept["label"]: concept["code"] for concept in concepts}
-    svgs = dict(reversed(list(iconify_svgs(folder, NameMatcher(concepts)))))  # of several drawings, the first
+    svgs = dict(reversed(list(emoji_svgs(folder, NameMatcher(concepts)))))  # of several drawings, the first
     arguments.out.mkdir(parents=True, exist_ok=True)
     labels = {}
     for label in THINGS:
         name = f"{label.replace(' ', '_')}.png"
-        picture = render(svgs[code_of[label]], SIZE).quantize(128, method=Image.Quantize.FASTOCTREE)  # keeps alpha
-        picture.save(arguments.out / name, optimize=True)
+        picture = render(svgs[code_of[label]], SIZE)
+        assert picture is not None, f"the drawing of {label} is empty"
+        few_colours = picture.quantize(128, method=Image.Quantize.FASTOCTREE)  # keeps alpha
+        few_colours.save(arguments.out / name, optimize=True)
         labels[name] = label
     write_json(arguments.out / "labels.json", labels)
     return 0

@@ -1,19 +1,13 @@
-"""The parts of scripts/train_naflex.py: the start from a square model, short texts, canvases, the vocabulary."""
-
-import sys
-from pathlib import Path
+"""The parts of train_naflex.py: the start from a square model, short texts, canvases, the vocabulary."""
 
 import pytest
 import torch
 
 import siglip_hf
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "scripts"))
-
-from training_default.pictures import PictureSet
-from training_naflex.canvas import CanvasAugmenter, plain_canvases, to_patches
-from training_naflex.start import GRID, SHORT_LENGTH, TEXT_LENGTH, enlarged_positions, start_from
-from training_naflex.vocabulary import Encoder, gemma_tokenizer
+from recipe.canvas import CanvasAugmenter, plain_canvases, to_patches
+from recipe.naflex_start import GRID, SHORT_LENGTH, TEXT_LENGTH, enlarged_positions, start_from
+from recipe.naflex_vocabulary import Encoder, gemma_tokenizer
+from recipe.pictures import PictureSet
 
 
 @pytest.fixture(scope="module")

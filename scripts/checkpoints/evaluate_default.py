@@ -1,8 +1,8 @@
 """Measure the embedded checkpoint on art styles it has never seen, against the targets set for it.
 
-Usage: python scripts/evaluate_default.py [--model FOLDER] [--data data/pictures] [--json FILE]
+Usage: python scripts/checkpoints/evaluate_default.py [--model FOLDER] [--data data/pictures] [--json FILE]
 
-Each style held out of training (scripts/build_pictures.py) is measured by itself. "Seen" concepts were drawn by other
+Each style held out of training (build_pictures.py) is measured by itself. "Seen" concepts were drawn by other
 hands in training; of "unseen" ones no picture was, only their names and tags as words. Pictures and texts go through
 the package's own processor. A class is the mean embedding of its label in all templates of a language, or, in the full
 ensemble, of its English label in all templates, its English aliases and its labels in nine other languages. The
@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import AutoModel, AutoProcessor
 
 import siglip_hf
-from training_default.captions import TEMPLATES
-from training_default.pictures import on_background, read_concepts, read_pictures, read_styles
+from recipe.captions import TEMPLATES
+from recipe.pictures import on_background, read_concepts, read_pictures, read_styles
 
 LANGUAGES = ("ko", "ja", "de", "zh")
 DRAWS = 20

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, normalizers, pre_tokeniz
 from tokenizers.models import BPE
 from torch import Tensor
 
-from siglip_hf.preprocessing.tokenization_siglip2 import Siglip2Tokenizer
+from siglip_hf import Siglip2Tokenizer
 
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")  # Gemma's first ids, in Gemma's order
 

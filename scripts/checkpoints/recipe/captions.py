@@ -15,7 +15,7 @@ import sentencepiece
 import torch
 from torch import Tensor
 
-from siglip_hf.preprocessing.text_cleaning import canonicalize_text
+from siglip_hf import canonicalize_text
 
 VOCABULARY_SIZE = 10_000
 TEXT_LENGTH = 16

@@ -7,9 +7,7 @@ from pathlib import Path
 
 import torch
 
-from siglip_hf.models.modeling_siglip import SiglipModel
-from siglip_hf.preprocessing.image_processing_siglip import SiglipImageProcessor
-from siglip_hf.preprocessing.tokenization_siglip import SiglipTokenizer
+from siglip_hf import SiglipImageProcessor, SiglipModel, SiglipTokenizer
 
 from .captions import Encoder
 

@@ -6,33 +6,17 @@ All pictures of a step have one grid of patches, so that training needs neither 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from training_default.pictures import Augmenter, PictureSet, on_background
+from .pictures import Augmenter, Drawn, PictureSet, on_background
 
 #: Budgets of patches that steps are drawn from: small ones often, since they cost little.
 BUDGETS = (16, 16, 16, 25, 25, 36, 64)
 WIDEST = 5.0  # ratio of the sides
 SQUARE_SHARE = 0.35
-
-
-@dataclass
-class Batch:
-    """Pictures of one grid, cut into patches, with the concept of each and of its second drawing.
-
-    Attributes:
-        inputs: `pixel_values` (B, N, P) and `spatial_shapes` (B, 2).
-        first: (B,) concept of the drawing, or of the left or upper one.
-        second: (B,) concept of the other drawing; equal to `first` where there is one.
-    """
-
-    inputs: dict[str, Tensor]
-    first: Tensor
-    second: Tensor
 
 
 def to_patches(pixels: Tensor, patch_size: int) -> dict[str, Tensor]:
@@ -72,7 +56,7 @@ class CanvasAugmenter(Augmenter):
         rows = max(1, min(budget, int(math.sqrt(budget / ratio) + 0.5)))
         return rows, max(1, budget // rows)
 
-    def batch(self, pictures: PictureSet, chosen: Tensor, strength: float) -> Batch:
+    def batch(self, pictures: PictureSet, chosen: Tensor, strength: float) -> Drawn:
         """Make training pictures of one grid from the drawings `chosen` (B,)."""
         rows, columns = self.draw_grid()
         height, width = rows * self.patch_size, columns * self.patch_size
@@ -92,7 +76,8 @@ class CanvasAugmenter(Augmenter):
             if long < 2 * short and self._uniform((), 0, 1) < 0.3:  # drawn wide or tall
                 drawings = F.interpolate(drawings, (height, width), mode="bilinear", antialias=True)
             place(canvas, drawings, self._offsets(count, height - drawings.shape[2], width - drawings.shape[3]))
-        return Batch(to_patches(canvas.clamp(0, 1) * 2 - 1, self.patch_size), first, second)
+        patches = to_patches(canvas.clamp(0, 1) * 2 - 1, self.patch_size)
+        return Drawn(patches | {"packed": False}, first, second)
 
     def _drawings(self, pictures: PictureSet, chosen: Tensor, side: int, strength: float) -> Tensor:
         """Warped, recoloured and outlined RGBA (B, 4, side, side) in 0..1, premultiplied."""
@@ -100,7 +85,7 @@ class CanvasAugmenter(Augmenter):
         drawings = pictures.pixels[chosen].float() / 255
         if drawings.shape[-1] > 1.3 * side:  # the warp samples points, which is no good for reducing
             drawings = F.interpolate(drawings, (side, side), mode="bilinear", antialias=True)
-        drawings = self._warp(drawings, pictures.mirrored[chosen], strength)
+        drawings = self._warp(self._ink(drawings, strength), pictures.mirrored[chosen], strength)
         if drawings.shape[-1] > pictures.pixels.shape[-1]:
             # Real pictures are larger than these and not blurred by enlarging.
             amount = self._uniform((len(chosen), 1, 1, 1), 0.0, 1.5)
@@ -111,7 +96,7 @@ class CanvasAugmenter(Augmenter):
 
     def _offsets(self, count: int, vertical: int, horizontal: int) -> Tensor:
         """Random places (B, 2) in 0..vertical and 0..horizontal."""
-        return (torch.rand(count, 2, generator=self.generator) * torch.tensor([vertical + 1, horizontal + 1])).long()
+        return (self._rand((count, 2)) * torch.tensor([vertical + 1, horizontal + 1])).long()
 
 
 def plain_canvases(pictures: Tensor, grid: tuple[int, int], patch_size: int) -> dict[str, Tensor]:

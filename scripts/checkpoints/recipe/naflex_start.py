@@ -15,13 +15,14 @@ from torch import Tensor
 
 import siglip_hf
 from siglip_hf.models.naflex import resized_positions
-from training_default.captions import Captions
-from training_default.pictures import PictureSet, plain_pixels
-from training_default.stages import autocast
+
+from .captions import Captions
+from .pictures import PictureSet, plain_pixels
+from .run import autocast
 
 TEXT_LENGTH = 64  # of every published SigLIP 2
 SHORT_LENGTH = 16  # of texts in training; nearly all captions are shorter
-VOCABULARY_SIZE = 4096
+VOCABULARY_SIZE = 10_000  # ten languages
 GRID = 8  # rows and columns of the learned positions
 BUDGET = GRID * GRID
 
@@ -36,9 +37,9 @@ class ShortTextModel(siglip_hf.Siglip2Model):
     def encode_text(self, input_ids: Tensor, *, normalize: bool = True) -> Tensor:  # type: ignore[override]
         """Embeds texts (B, SHORT_LENGTH) whose last token is padding: (B, E)."""
         tower = self.text_model
-        places = torch.tensor([[*range(SHORT_LENGTH - 1), TEXT_LENGTH - 1]])
+        places = torch.tensor([[*range(SHORT_LENGTH - 1), TEXT_LENGTH - 1]], device=input_ids.device)
         states = tower.embeddings(input_ids, places)  # (B, L, D)
-        counts = torch.zeros(1, 1, SHORT_LENGTH, SHORT_LENGTH)
+        counts = torch.zeros(1, 1, SHORT_LENGTH, SHORT_LENGTH, device=states.device)
         counts[..., -1] = math.log(TEXT_LENGTH - SHORT_LENGTH + 1)
         states = tower.final_layer_norm(tower.encoder(states, counts.to(states.dtype)))
         embeds = tower.head(states[:, -1])
@@ -103,14 +104,15 @@ def concept_table(
     It is the mean of the square model's embeddings of the concept's training pictures; where none may be seen, that of
     its labels.
     """
-    vectors = torch.zeros(len(concepts), square.config.vision_config.hidden_size)
-    with autocast():
+    device = square.logit_scale.device
+    vectors = torch.zeros(len(concepts), square.config.vision_config.hidden_size, device=device)
+    with autocast(device):
         for start in range(0, len(train), 256):
-            part = train.pixels[start : start + 256]
+            part = train.pixels[start : start + 256].to(device)
             embeds = square.encode_image(plain_pixels(part, square.config.vision_config.image_size)).float()
             vectors.index_add_(0, train.concept[start : start + 256], embeds)
         for number, concept in enumerate(concepts):
             if concept["split"] != "train":
                 labels = [captions.texts[text].words for text in captions.labels[number]]
-                vectors[number] = square.encode_text(encode_ids(labels)).float().mean(0)
+                vectors[number] = square.encode_text(encode_ids(labels).to(device)).float().mean(0)
     return F.normalize(vectors, dim=-1)

@@ -1,10 +1,10 @@
 """Measure the embedded NaFlex checkpoint on pictures of several shapes, beside the square one, which squashes them.
 
-Usage: python scripts/evaluate_naflex.py [--model FOLDER] [--square FOLDER] [--data data/pictures] [--json FILE]
+Usage: python scripts/checkpoints/evaluate_naflex.py [--model FOLDER] [--square FOLDER] [--data FOLDER] [--json FILE]
 
 The pictures are those of FxEmoji, an art style held out of training, as they are and on white canvases two and four
 times as wide or as tall; and two of them side by side. A class is the mean embedding of its English label in all
-templates and of its English aliases. The measures are those of scripts/evaluate_default.py; of two pictures side by
+templates and of its English aliases. The measures are those of evaluate_default.py; of two pictures side by
 side, the part of the two labels that is among the best ten of all plain concepts.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 import siglip_hf
 from evaluate_default import Evaluator, in_language, on_white, ten_way, top_1
-from training_default.pictures import read_concepts, read_pictures
+from recipe.pictures import read_concepts, read_pictures
 
 STYLE = "fxemoji"
 #: Name -> how many times as wide and as tall as the picture the canvas is.

@@ -1,0 +1,1 @@
+"""Where the training pictures come from: packages and licences, concepts and names, rendering, restyling."""

@@ -1,0 +1,1 @@
+"""The recipe of the embedded checkpoints: pictures and their augmentation, captions, the stages of both trainings."""

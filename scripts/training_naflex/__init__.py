@@ -1,1 +1,0 @@
-"""The parts of scripts/train_naflex.py: how the model starts, pictures on canvases of any shape, the stages."""
