@@ -63,7 +63,7 @@ def test_an_actor_gives_the_batches_of_one_process(checkpoint, photos, monkeypat
 
 def test_without_ray_the_extra_is_named(checkpoint, photos, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ImportError, match=r"siglip-hf\[ray,search\]"):
+    with pytest.raises(ImportError, match=r'pip install "ray\[data\]"'):
         embed_source(photos, tmp_path / "emb", model=checkpoint, engine="ray")
 
 

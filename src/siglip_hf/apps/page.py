@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
+from siglip_hf.extras import missing
 from siglip_hf.preprocessing.image_intake import PictureError, load_picture
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def import_gradio() -> Any:
     try:
         import gradio
     except ImportError as error:
-        raise ImportError('the pages need gradio: pip install "siglip-hf[apps]"') from error
+        raise missing("the pages need gradio", "apps") from error
     return gradio
 
 

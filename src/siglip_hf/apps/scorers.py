@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from siglip_hf.extras import missing
 from siglip_hf.inference.classify import load_classifier
 from siglip_hf.inference.optimize.optimization import optimize
 from siglip_hf.inference.pooling_map import pooling_attention
@@ -116,10 +117,7 @@ class OpenClipScorer(Scorer):
         try:
             import open_clip
         except ImportError as error:
-            raise ImportError(
-                f"{name} needs open_clip, which cannot be imported here ({error}). Install it: "
-                'pip install "siglip-hf[open-clip]"'
-            ) from error
+            raise missing(f"{name} needs open_clip, which cannot be imported here ({error})", "open-clip") from error
         model_name, weights = _open_clip_name(name)
         self._device = device or "cpu"
         self._model, self._transform = open_clip.create_model_from_pretrained(

@@ -13,9 +13,11 @@ import pickle
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from siglip_hf.extras import missing
+
 if TYPE_CHECKING:
-    from siglip_hf.data.items import Batch, Item
     from siglip_hf.data.embedder import SiglipEmbedder
+    from siglip_hf.data.items import Batch, Item
 
 # Batches that an actor gets at once: within them, it decodes the next one while its GPU computes.
 _TASK_BATCHES = 4
@@ -70,7 +72,7 @@ def embed_on_ray(
         import ray
         import ray.data
     except ImportError as error:
-        raise ImportError('this needs Ray: pip install "siglip-hf[ray,search]"') from error
+        raise missing("this needs Ray", "ray", "search") from error
 
     with _cluster(ray, address):
         context = ray.data.DataContext.get_current().copy()

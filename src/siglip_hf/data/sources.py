@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, overload
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from siglip_hf.extras import missing
 from siglip_hf.files import MOST_BYTES, parse_json, read_text, text_lines
 from siglip_hf.preprocessing.image_intake import PICTURE_SUFFIXES, load_picture
 
@@ -299,7 +300,7 @@ def _checked(record: Record) -> Record:
     texts = {"name": record.id, "path": place, "label": record.label, "caption": "".join(record.captions)}
     for what, text in texts.items():
         if isinstance(text, str) and _printable(text) != text:
-            return Record(_printable(record.id), error=f"its {what} is not Unicode text: {ascii(text[:100])}")
+            return Record(_printable(record.id), error=f"its {what} is not Unicode text: {text[:100]!a}")
     return record if record.error is None else replace(record, error=_printable(record.error))
 
 
@@ -463,7 +464,7 @@ def _import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
-        raise ImportError('reading this needs `datasets`: pip install "siglip-hf[search]"') from error
+        raise missing("reading this needs `datasets`", "search") from error
     return datasets
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from siglip_hf.data.sources import TarMember
+from siglip_hf.extras import missing
 from siglip_hf.files import new_file, only_run, read_sealed_json, sha256, sha256_of_files, write_sealed_json
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def import_pyarrow() -> tuple[Any, Any]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ImportError('embeddings on disk need pyarrow: pip install "siglip-hf[search]"') from error
+        raise missing("embeddings on disk need pyarrow", "search") from error
     return pyarrow, pyarrow.parquet
 
 

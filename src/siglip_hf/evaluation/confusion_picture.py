@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from siglip_hf.extras import missing
+
 if TYPE_CHECKING:
     from siglip_hf.evaluation.measures import ZeroShotAccuracy
 
@@ -17,7 +19,7 @@ def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('the confusion picture needs matplotlib: pip install "siglip-hf[train]"') from error
+        raise missing("the confusion picture needs matplotlib", "train") from error
     return Figure(figsize=(width, height), layout="constrained")
 
 

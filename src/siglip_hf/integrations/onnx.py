@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from siglip_hf import extras
 from siglip_hf._version import __version__
 from siglip_hf.files import check_output_folder, new_folder
 from siglip_hf.models.configuration_siglip import SiglipConfig, as_pair
@@ -308,7 +309,7 @@ def _require_packages(*names: str) -> None:
     import importlib.util
 
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        raise ImportError(f'this needs {", ".join(missing)}; pip install "siglip-hf[export]"')
+        raise extras.missing(f"this needs {', '.join(missing)}", "export")
 
 
 def _load(name: str | os.PathLike[str], processor: Any) -> tuple[Any, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+from siglip_hf.extras import missing
 from siglip_hf.preprocessing.image_intake import looks_like_picture_source
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def add_embeddings(
     try:
         import datasets
     except ImportError as error:
-        raise ImportError('this needs `datasets`: pip install "siglip-hf[search]"') from error
+        raise missing("this needs `datasets`", "search") from error
     if not isinstance(dataset, datasets.Dataset):
         raise ValueError(f"a {type(dataset).__name__} is no datasets.Dataset; pass one split of it.")
     if column not in dataset.column_names:

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from siglip_hf.extras import missing
+
 KINDS = ("flat", "hnsw", "ivf-sq8", "ivf-pq")
 
 #: Up to this many vectors are compared with every query, all of them: no loss, and still milliseconds.
@@ -45,7 +47,7 @@ def import_faiss() -> Any:
     try:
         import faiss
     except ImportError as error:
-        raise ImportError('search needs `faiss-cpu`: pip install "siglip-hf[search]"') from error
+        raise missing("search needs `faiss-cpu`", "search") from error
     return faiss
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from siglip_hf.extras import missing
 from siglip_hf.search.index import Origin, check_same_origin
 from siglip_hf.search.index_source import embedded, origin_of
 from siglip_hf.search.query import Neighbours, glob_to_regex
@@ -204,7 +205,7 @@ class LanceTable:
         try:
             import lancedb
         except ImportError as error:
-            raise ImportError('this needs LanceDB: pip install "siglip-hf[lancedb]"') from error
+            raise missing("this needs LanceDB", "lancedb") from error
         return lancedb.connect(database)
 
     @classmethod
@@ -288,7 +289,7 @@ class QdrantTable:
         try:
             import qdrant_client
         except ImportError as error:
-            raise ImportError('this needs the client of Qdrant: pip install "siglip-hf[qdrant]"') from error
+            raise missing("this needs the client of Qdrant", "qdrant") from error
         if "://" in database:
             return qdrant_client.QdrantClient(url=database)
         try:

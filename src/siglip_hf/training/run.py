@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from siglip_hf.data.sources import Source, open_source
+from siglip_hf.extras import missing
 from siglip_hf.files import new_file, sha256, write_json
 from siglip_hf.training.pairs import check_templates, picture_key, stable_number, training_pairs
 from siglip_hf.training.settings import SCHEDULES, TrainSettings
@@ -218,7 +219,7 @@ def _import_pyplot() -> Any:
     try:
         import matplotlib
     except ImportError as error:
-        raise ImportError('the plot of the loss needs matplotlib: pip install "siglip-hf[train]"') from error
+        raise missing("the plot of the loss needs matplotlib", "train") from error
     matplotlib.use("Agg")
     from matplotlib import pyplot
 

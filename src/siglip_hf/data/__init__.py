@@ -1,0 +1,1 @@
+"""Where pictures and texts come from, and their embeddings on disk."""
