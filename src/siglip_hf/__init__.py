@@ -48,12 +48,14 @@ _MODULES = {
     "optimize": "inference.optimize.optimization",
     "SearchIndex": "search.query",
     "pooling_attention": "inference.pooling_map",
+    "verify": "evaluation.verify",
 }
 
 __all__ = ["__version__", "default_checkpoint", "naflex_checkpoint", *_MODULES]
 
 if TYPE_CHECKING:
     from siglip_hf.data.embedder import SiglipEmbedder as SiglipEmbedder
+    from siglip_hf.evaluation.verify import verify as verify
     from siglip_hf.inference.optimize.optimization import optimize as optimize
     from siglip_hf.inference.pooling_map import pooling_attention as pooling_attention
     from siglip_hf.losses.sigmoid import sigmoid_loss as sigmoid_loss

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from enum import Enum
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import gradio
 
 
-class PageName(str, Enum):
+class PageName(StrEnum):
     """The pages there are."""
 
     search = "search"

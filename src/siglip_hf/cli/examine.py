@@ -65,10 +65,13 @@ def examine() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
     """This package, Python and the packages it stands on; None for what is not installed."""
+    import torch
+
     from siglip_hf import __version__
 
     found = {"siglip-hf": __version__, "python": platform.python_version(), "platform": platform.platform()}
-    return {**found, **{name: _version(name) for name in CORE_PACKAGES}}
+    # torch itself tells its build (2.13.0+cu130), which the metadata of some registries' packages leaves out.
+    return {**found, **{name: _version(name) for name in CORE_PACKAGES}, "torch": torch.__version__}
 
 
 def _version(package: str) -> str | None:

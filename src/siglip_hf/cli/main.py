@@ -25,6 +25,7 @@ from siglip_hf.cli.evaluate import evaluate
 from siglip_hf.cli.index import index
 from siglip_hf.cli.search import search
 from siglip_hf.cli.train import train
+from siglip_hf.cli.verify import verify
 
 app = typer.Typer(
     name="siglip-hf",
@@ -95,6 +96,7 @@ for command in (
     train,
     show_page,
     doctor,
+    verify,
     convert,
     export,
 ):
