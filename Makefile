@@ -30,7 +30,7 @@ $(DEV): $(CORE)
 	@touch $@
 
 demo: $(CORE) ## label pictures of an art style the embedded checkpoint has never seen; writes demo.png
-	$(BIN)/siglip-hf classify src/siglip_hf/apps/pictures --truth src/siglip_hf/apps/pictures/labels.json --top 3 --sheet demo.png
+	$(BIN)/siglip-hf demo --out demo.png
 
 test: $(DEV) ## run the tests (a few minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not slow and not browser"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ from PIL import Image
 
 import siglip_hf
 from siglip_hf.cli import examine as doctor
+from siglip_hf.cli.common import EMBEDDED
 from siglip_hf.cli.main import main
 from tiny_checkpoint import write_tiny_checkpoint
 
@@ -32,7 +35,7 @@ def run(checkpoint, monkeypatch, capsys):
     def run_line(*arguments):
         code = main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return code, captured.out, captured.err.replace(EMBEDDED, "")
 
     return run_line
 
@@ -111,7 +114,7 @@ def test_a_broken_file_is_reported_and_skipped(run, folder):
 
     code, out, err = run("classify", folder / "b.png", "--labels", LABELS)
     assert (code, out) == (1, "")
-    assert "1 of 1 pictures skipped" in err
+    assert "1 of 1 picture skipped" in err
 
 
 def test_labels_file_and_templates(run, folder):
@@ -168,9 +171,17 @@ def test_sheet(run, folder):
         (["--labels", "a", "--truth", "truth.json"], "'truth.json' cannot be read"),
         (["--labels", "a", "--lable", "b"], "--lable"),
         (["--labels", "a", "--device", "abacus"], "abacus"),
+        (["--labels", "a \udcff"], "cannot be a label: the character at place 2 is not valid Unicode"),
+        (["--labels", "a", "--template", "\udcff {}"], "cannot be a template"),
+        (["--labels", "a", "--template", "{.foo}"], "has no single '{}'"),
+        (["--labels", "a", "--template", "{:>50000000}"], "has no single '{}'"),
+        (["--labels", "a", "--truth", "deep.json"], "nested too deeply"),
+        (["--labels", "a", "--sheet", "sheet.svg"], "no picture format has this ending"),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_code_2(run, folder, arguments, message):
+def test_wrong_usage_is_one_line_and_exit_code_2(run, folder, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    (folder / "deep.json").write_text("[" * 100_000)
     code, out, err = run("classify", folder / "b.png", *arguments)
     assert (code, out) == (2, "")
     assert message in err
@@ -198,6 +209,31 @@ def test_a_model_that_is_no_siglip_is_refused(run, folder, tmp_path):
     assert code == 2
     assert "bert" in err
     assert err.count("\n") == 1
+
+
+def test_commands_say_that_they_use_the_embedded_checkpoint(run, folder, capsys, checkpoint, monkeypatch):
+    """One line on stderr, at the start of the work, and none where a model is given."""
+    (folder / "cat").mkdir()
+    for name in ("b.png", "d.png"):
+        shutil.copy(folder / "b.png", folder / "cat" / name)
+    pictures = folder / "cat"
+    for line in (
+        ["classify", pictures, "--labels", "cat"],
+        ["embed", pictures, "--out", folder / "emb"],
+        ["evaluate", pictures, "--task", "classify", "--truth", folder / "truth.json"],
+        ["index", pictures, "--out", folder / "idx"],
+    ):
+        if line[0] == "index" and not importlib.util.find_spec("faiss"):
+            continue
+        (folder / "truth.json").write_text('{"b.png": "cat", "d.png": "dog"}')
+        for model, count in (([], 1), (["--model", checkpoint], 0)):
+            shutil.rmtree(folder / "emb", ignore_errors=True)
+            overwrite = ["--overwrite"] if line[0] == "index" and model else []
+            assert main([str(word) for word in (*line, *model, *overwrite)]) == 0, line
+            assert capsys.readouterr().err.count(EMBEDDED) == count, line
+    if importlib.util.find_spec("faiss"):
+        assert main(["index", str(folder / "idx.embeddings"), "--out", str(folder / "other")]) == 0
+        assert EMBEDDED not in capsys.readouterr().err  # the vectors are there; no model is chosen
 
 
 def test_version_and_help_load_no_torch():

@@ -12,6 +12,7 @@ from PIL import Image
 pytest.importorskip("faiss")
 pytest.importorskip("pyarrow")
 
+from siglip_hf.cli.common import EMBEDDED
 from siglip_hf.cli.main import main
 from siglip_hf.preprocessing.image_intake import load_picture
 
@@ -28,7 +29,7 @@ def run(capsys, monkeypatch, tmp_path):
     def run_line(*arguments):
         code = main([str(argument) for argument in arguments])
         captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return code, captured.out, captured.err.replace(EMBEDDED, "")
 
     return run_line
 
@@ -147,7 +148,7 @@ def test_duplicates_and_clusters(run, demo):
     assert groups == {("cat_large.png", "cat.png"), ("dog.png", "dog_copy.png")}
     _, out, _ = run("duplicates", "idx")
     assert "same file" in out
-    assert "groups: 2; 2 of 26 rows repeat another" in out
+    assert "2 groups; 2 of 26 rows repeat another" in out
 
     Path("words.txt").write_text("guitar\nanimal\nfruit\n")
     _, out, _ = run("clusters", "idx", "--words", "words.txt", "-n", 4, "--json")

@@ -19,12 +19,12 @@ from PIL import Image
 
 import siglip_hf
 from siglip_hf.cli.main import main
-from siglip_hf.preprocessing.image_intake import load_picture
 from siglip_hf.data import embedder as embedder_module
 from siglip_hf.data import store as store_module
 from siglip_hf.data.embed import embed_source
 from siglip_hf.data.embedder import SiglipEmbedder
 from siglip_hf.data.store import EmbeddingStore, EmbeddingWriter, Manifest, picture_at
+from siglip_hf.preprocessing.image_intake import load_picture
 from tiny_checkpoint import TEXT_LENGTH, write_tiny_checkpoint
 
 pytest.importorskip("pyarrow")

@@ -13,8 +13,8 @@ from PIL import Image
 
 from siglip_hf.data.embed import Item, embed_items, embed_source
 from siglip_hf.data.embedder import SiglipEmbedder
-from siglip_hf.data.store import EmbeddingWriter
 from siglip_hf.data.sources import open_source
+from siglip_hf.data.store import EmbeddingWriter
 from tiny_checkpoint import write_tiny_checkpoint
 
 ray = pytest.importorskip("ray")

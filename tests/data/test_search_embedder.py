@@ -13,8 +13,8 @@ from PIL import Image
 
 import siglip_hf
 from siglip_hf import SiglipEmbedder
-from siglip_hf.data.sources import open_source
 from siglip_hf.data import embedder as embedder_module
+from siglip_hf.data.sources import open_source
 from siglip_hf.preprocessing.image_intake import PictureError
 from tiny_checkpoint import write_tiny_checkpoint
 

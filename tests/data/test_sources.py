@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from siglip_hf.preprocessing.image_intake import PictureError
 from siglip_hf.data.sources import Record, Source, open_source
+from siglip_hf.preprocessing.image_intake import PictureError
 
 datasets = pytest.importorskip("datasets")
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from siglip_hf.cli.common import no_library_progress, progress_bar
+from siglip_hf.cli.common import (
+    check_sheet,
+    console,
+    counted,
+    embedded_note,
+    no_library_progress,
+    print_json,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from siglip_hf.inference.classify import Classified
@@ -29,7 +36,14 @@ def classify(
         list[str] | None, typer.Option(help="Text with {} for the label; given several times, they are averaged.")
     ] = None,
     top: Annotated[int, typer.Option(min=1, help="Labels shown for each picture.")] = 5,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array, an object per picture.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print one JSON array, an object per picture: source, labels (label, cosine, logit, sigmoid, softmax; "
+            "best first) or error, and truth where it is known.",
+        ),
+    ] = False,
     sheet: Annotated[Path | None, typer.Option(help="Draw a contact sheet into this picture file.")] = None,
     truth: Annotated[
         Path | None,
@@ -83,6 +97,7 @@ def classify(
             classifier = onnx_classifier(onnx)
         else:
             classifier = load_classifier(model or default_checkpoint(), device, fast)
+            embedded_note(model)()
         progress.update(task, description="classifying", total=len(sources))
         results = classify_files(
             classifier,
@@ -98,28 +113,27 @@ def classify(
     hits, judged = accuracy(results)
     summary = f"{hits} of {judged} best labels are right ({hits / judged:.1%})" if judged else ""
     if as_json:
-        print(json.dumps([result.as_dict() for result in results], ensure_ascii=False, indent=2))
+        print_json([result.as_dict() for result in results])
     else:
         _print_tables(results)
         if summary:
             print(summary)
     if sheet is not None:
-        _draw_sheet(results, sheet, summary)
+        draw_sheet(results, sheet, summary)
         print(f"contact sheet: {sheet}", file=sys.stderr)
     broken = [result for result in results if result.error]
     for result in broken:
         print(f"skipped {result.source}: {result.error}", file=sys.stderr)
     if broken:
-        print(f"{len(broken)} of {len(results)} pictures skipped", file=sys.stderr)
+        print(f"{len(broken)} of {counted(len(results), 'picture')} skipped", file=sys.stderr)
     return 1 if broken else 0
 
 
 def _print_tables(results: list[Classified]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    out = console()
     for result in results:
         if not result.labels:
             continue
@@ -135,25 +149,19 @@ def _print_tables(results: list[Classified]) -> None:
             table.add_row(
                 label, f"{row['cosine']:.3f}", f"{row['logit']:.2f}", f"{row['sigmoid']:.2%}", f"{row['softmax']:.1%}"
             )
-        console.print(table)
+        out.print(table)
 
 
 def _check_sheet(path: Path, count: int) -> None:
-    """Refuses what would fail only after all pictures are classified."""
-    from PIL import Image
-
     from siglip_hf.inference.contact_sheet import MAX_PICTURES
 
-    Image.init()
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise ValueError(f"--sheet {path}: no picture format has this ending; use .png")
-    if not path.parent.is_dir():
-        raise ValueError(f"--sheet {path}: there is no folder {path.parent}")
+    check_sheet(path)
     if count > MAX_PICTURES:
         raise ValueError(f"--sheet shows at most {MAX_PICTURES} pictures, not {count}.")
 
 
-def _draw_sheet(results: list[Classified], path: Path, summary: str) -> None:
+def draw_sheet(results: list[Classified], path: Path, summary: str) -> None:
+    """Draws the pictures that could be read with their three best labels into a file."""
     from siglip_hf.inference.contact_sheet import Card, draw_contact_sheet
     from siglip_hf.preprocessing.image_intake import load_picture
 
@@ -168,4 +176,4 @@ def _draw_sheet(results: list[Classified], path: Path, summary: str) -> None:
         if result.labels
     ]
     if cards:
-        draw_contact_sheet(cards, title=summary or f"{len(cards)} pictures").save(path)
+        draw_contact_sheet(cards, title=summary or counted(len(cards), "picture")).save(path)

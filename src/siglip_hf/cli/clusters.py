@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from siglip_hf.cli.common import no_library_progress
+from siglip_hf.cli.common import console, no_library_progress, print_json
 
 _EXAMPLES = 3
 
@@ -32,7 +31,6 @@ def clusters(
     """Group what looks alike, and name each group by the words that fit it best."""
     from dataclasses import asdict
 
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -51,7 +49,7 @@ def clusters(
         vectors = embedder.embed_texts([DEFAULT_TEMPLATE.format(name) for name in names])
         found = find_clusters(folder, names, vectors, count)
     if as_json:
-        print(json.dumps([asdict(cluster) for cluster in found], ensure_ascii=False, indent=2))
+        print_json([asdict(cluster) for cluster in found])
         return 0
     table = Table()
     table.add_column("rows", justify="right")
@@ -63,5 +61,5 @@ def clusters(
         table.add_row(
             str(cluster.size), escape(cluster.label), escape(also), escape(", ".join(cluster.ids[:_EXAMPLES]))
         )
-    Console().print(table)
+    console().print(table)
     return 0

@@ -6,11 +6,26 @@ Only typer is imported at the top of these modules, so that `siglip-hf --help` a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.progress import Progress
+
+#: Lines about pictures that were left out that are printed; more would hide the results.
+MOST_LINES = 20
+
+#: What a command says on stderr that uses the embedded checkpoint because no other was given.
+EMBEDDED = "the embedded checkpoint knows drawings; for photographs --model google/siglip2-base-patch16-224\n"
+
+# As wide as a table may get where nobody looks at it on a screen: a path must stay in one piece for the next program.
+_PIPED_WIDTH = 10_000
 
 
 @contextlib.contextmanager
@@ -41,3 +56,75 @@ def progress_bar() -> Progress:
         redirect_stdout=False,
         disable=not errors.is_terminal,
     )
+
+
+def embedded_note(model: Any) -> Callable[[], None]:
+    """A function that says, once and on stderr, what the embedded checkpoint is good for, if no model is given.
+
+    It is to be called when the work begins: late enough for a mistake to be told in one line, early enough to stop.
+    """
+    lines = [] if model else [EMBEDDED]
+
+    def tell() -> None:
+        while lines:
+            print(lines.pop(), end="", file=sys.stderr)
+
+    return tell
+
+
+def console() -> Console:
+    """Where tables are printed: as wide as the terminal, and without bound where the output goes elsewhere."""
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal else Console(width=_PIPED_WIDTH)
+
+
+def print_json(value: Any) -> None:
+    """Prints a value as JSON, in characters that stdout can take."""
+    is_unicode = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+    print(json.dumps(value, ensure_ascii=not is_unicode, indent=2))
+
+
+def counted(count: int, thing: str) -> str:
+    """A count with its noun: "1 picture", "1,200 pictures"."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def print_some(lines: Sequence[str], rest: str = "") -> None:
+    """The first lines on stderr, how many more there are, and where those are."""
+    for line in lines[:MOST_LINES]:
+        print(line, file=sys.stderr)
+    if len(lines) > MOST_LINES:
+        print(f"... and {len(lines) - MOST_LINES} more{rest}", file=sys.stderr)
+
+
+def short_names(rows: Sequence[Any]) -> list[str]:
+    """What to call rows of an index (anything with `id`, `path`, `text`): the text, or a short unique name.
+
+    That is the id where it ends the path (the path below the folder that was embedded), else the path.
+    """
+    counts = Counter(row.id for row in rows)
+    return [
+        row.text or (row.id if not row.path or (counts[row.id] == 1 and row.path.endswith(row.id)) else row.path)
+        for row in rows
+    ]
+
+
+def check_sheet(path: Path, option: str = "--sheet") -> None:
+    """Refuses a place for a contact sheet where writing would fail only after all the work.
+
+    Raises:
+        ValueError: for an ending that Pillow does not write, or a folder that is not there or not writable.
+    """
+    from PIL import Image
+
+    Image.init()
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ValueError(f"{option} {path}: no picture format has this ending; use .png")
+    if not path.parent.is_dir():
+        raise ValueError(f"{option} {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{option} {path}: this is a folder; give the name of a picture file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{option} {path}: it cannot be written there")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from siglip_hf.cli.common import progress_bar
+from siglip_hf.cli.common import console, counted, print_json, progress_bar, short_names
 
 
 def duplicates(
@@ -16,7 +15,9 @@ def duplicates(
     threshold: Annotated[
         float, typer.Option(help="Least cosine to the first picture of a group; 1 for equal pictures only.")
     ] = 0.95,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array, an array per group.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON array, an array of members per group.")
+    ] = False,
 ) -> int:
     """Find pictures that are nearly the same.
 
@@ -25,7 +26,6 @@ def duplicates(
     """
     from dataclasses import asdict
 
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
@@ -37,7 +37,7 @@ def duplicates(
         task = progress.add_task("comparing", total=len(folder))
         groups = find_duplicates(folder, threshold, on_progress=lambda done: progress.advance(task, done))
     if as_json:
-        print(json.dumps([[asdict(member) for member in group] for group in groups], ensure_ascii=False, indent=2))
+        print_json([[asdict(member) for member in group] for group in groups])
         return 0
     if groups:
         table = Table()
@@ -45,15 +45,19 @@ def duplicates(
         table.add_column("cosine", justify="right")
         table.add_column("size", justify="right")
         table.add_column("what", overflow="fold")
+        names = iter(short_names([member for group in groups for member in group]))
         for number, group in enumerate(groups, 1):
             for place, member in enumerate(group):
                 cosine = "the first" if place == 0 else "same file" if member.same_file else f"{member.cosine:.4f}"
                 size = f"{member.width} x {member.height}" if member.width else ""
-                what = escape(member.text or member.path or member.id)
+                what = escape(next(names))
                 table.add_row(
                     str(number) if place == 0 else "", cosine, size, what, end_section=place == len(group) - 1
                 )
-        Console().print(table)
+        console().print(table)
     extra = sum(len(group) - 1 for group in groups)
-    print(f"groups: {len(groups)}; {extra:,} of {len(folder):,} rows repeat another (cosine of {threshold} or more)")
+    print(
+        f"{counted(len(groups), 'group')}; {extra:,} of {counted(len(folder), 'row')} "
+        f"{'repeats' if extra == 1 else 'repeat'} another (cosine of {threshold} or more)"
+    )
     return 0

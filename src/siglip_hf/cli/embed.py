@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from siglip_hf.cli.common import no_library_progress, progress_bar
+from siglip_hf.cli.common import counted, embedded_note, no_library_progress, print_some, progress_bar
 
 if TYPE_CHECKING:
     from siglip_hf.data.embed import Embedded
-
-_SHOWN_ERRORS = 20
 
 
 def embed(
@@ -26,7 +24,7 @@ def embed(
             ".txt file with a text on each line.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="The folder of embeddings, made or brought up to date.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The folder of embeddings, made or brought up to date.")],
     model: Annotated[
         str | None, typer.Option(help="A checkpoint; without it the embedded one, with no network.")
     ] = None,
@@ -60,12 +58,14 @@ def embed(
     """
     from siglip_hf.data.embed import embed_source
 
+    note = embedded_note(model)
     with no_library_progress(), progress_bar() as progress:
         task = progress.add_task("loading the model", total=None)
         start = time.monotonic()
 
         def show(done: int, total: int) -> None:
             nonlocal start
+            note()
             start = start if done else time.monotonic()
             rate = f" {done / (time.monotonic() - start):.0f}/s" if done else ""
             progress.update(task, description=f"embedding{rate}", completed=done, total=total)
@@ -96,24 +96,21 @@ def summary(result: Embedded) -> str:
     """One line about a run."""
     manifest = result.manifest
     count = manifest.rows - manifest.errors
-    things = ("picture" if manifest.kind == "image" else "text") + ("" if count == 1 else "s")
+    things = counted(count, "picture" if manifest.kind == "image" else "text")
     speed = f" at {result.done / result.seconds:.0f}/s" if result.done else ""
     return (
-        f"{result.path}: {count} {things} of {manifest.dimension} numbers; "
+        f"{result.path}: {things} of {manifest.dimension} numbers; "
         f"{result.done} done{speed}, {result.kept} kept, {result.removed} removed"
     )
 
 
 def report_errors(result: Embedded) -> int:
     """Names what has no embedding on stderr; the exit code."""
-    for name in result.damaged[:_SHOWN_ERRORS]:
-        print(f"{result.path}: {name} was damaged; its rows have been made anew", file=sys.stderr)
-    for line in result.unused[:_SHOWN_ERRORS]:
-        print(f"left out {line}", file=sys.stderr)
-    for id_, error in result.errors[:_SHOWN_ERRORS]:
-        print(f"skipped {id_}: {error}", file=sys.stderr)
-    if len(result.errors) > _SHOWN_ERRORS:
-        print(f"... all are in the column error of {result.path}", file=sys.stderr)
+    print_some([f"{result.path}: {name} was damaged; its rows have been made anew" for name in result.damaged])
+    print_some([f"left out {line}" for line in result.unused])
+    print_some(
+        [f"skipped {id_}: {error}" for id_, error in result.errors], f"; all are in the column error of {result.path}"
+    )
     if result.errors:
         print(f"{len(result.errors)} of {result.manifest.rows} skipped", file=sys.stderr)
     return 1 if result.errors else 0

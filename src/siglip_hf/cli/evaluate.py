@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from siglip_hf.cli.common import no_library_progress, progress_bar
+from siglip_hf.cli.common import embedded_note, no_library_progress, progress_bar
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,6 +91,7 @@ def evaluate(
     with no_library_progress(), progress_bar() as progress:
         bar = progress.add_task("loading the model", total=None)
         embedder = SiglipEmbedder(model, device=device, dtype=dtype, batch_size=batch_size, workers=workers)
+        embedded_note(model)()
         found = measure(
             embedder,
             source,
@@ -177,5 +178,5 @@ def _report_skipped(found: Evaluation) -> int:
     if found.skipped:
         print(f"{len(found.skipped)} of {found.pictures + len(found.skipped)} pictures skipped", file=sys.stderr)
     if found.unused:
-        print(f"{len(found.unused)} entries not used", file=sys.stderr)
+        print(f"{len(found.unused)} {'entry' if len(found.unused) == 1 else 'entries'} not used", file=sys.stderr)
     return 1 if lines else 0

@@ -8,13 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from siglip_hf.cli.common import no_library_progress, progress_bar
+from siglip_hf.cli.common import counted, embedded_note, no_library_progress, print_some, progress_bar
 
 if TYPE_CHECKING:
     from siglip_hf.search.build import IndexReport
-
-# Lines of what was left out that are printed.
-_MOST_LINES = 20
 
 
 def index(
@@ -24,7 +21,7 @@ def index(
             metavar="SOURCE", help="Embeddings (a folder of `siglip-hf embed`), or what that command takes."
         ),
     ],
-    out: Annotated[str, typer.Option(help="The index folder to write; with --to, DATABASE/TABLE.")],
+    out: Annotated[str, typer.Option("--out", "-o", help="The index folder to write; with --to, DATABASE/TABLE.")],
     update: Annotated[
         bool, typer.Option("--update", help="Add what is new to the index that is there, take out what is gone.")
     ] = False,
@@ -53,6 +50,7 @@ def index(
     from siglip_hf.search.index_source import index_source
     from siglip_hf.search.kinds import parse_bytes
 
+    note = embedded_note(model)
     options: dict[str, Any] = {
         "embeddings": embeddings,
         "model": model,
@@ -67,6 +65,7 @@ def index(
         task = progress.add_task("embedding", total=None)
 
         def on_embedded(done: int, total: int) -> None:
+            note()
             progress.update(task, completed=done, total=total)
 
         if to is not None:
@@ -89,9 +88,9 @@ def index(
             lines = _lines(made.index)
     for line in lines:
         print(f"{name}: {line}")
-    _print_left_out([*(f"skipped {id_}: {error}" for id_, error in errors), *(f"unused {line}" for line in unused)])
+    print_some([*(f"skipped {id_}: {error}" for id_, error in errors), *(f"unused {line}" for line in unused)])
     if errors:
-        print(f"{len(errors)} pictures skipped", file=sys.stderr)
+        print(f"{counted(len(errors), 'picture')} skipped", file=sys.stderr)
     return 1 if errors else 0
 
 
@@ -106,10 +105,3 @@ def _lines(report: IndexReport) -> list[str]:
     texts = f", {report.recall_queries:.1%} for words" if report.recall_queries is not None else ""
     lines.append(f"recall@10 against exact search: {report.recall:.1%}{texts}{effort}")
     return lines
-
-
-def _print_left_out(lines: list[str]) -> None:
-    for line in lines[:_MOST_LINES]:
-        print(line, file=sys.stderr)
-    if len(lines) > _MOST_LINES:
-        print(f"... and {len(lines) - _MOST_LINES} more", file=sys.stderr)

@@ -1,13 +1,18 @@
 """`siglip-hf`: the command line. Each command is a module beside this one.
 
-Exit codes: 0 all well; 1 something was skipped or found wrong, named on stderr; 2 wrong usage, in one line on stderr.
+Exit codes: 0 all well; 1 something was skipped or found wrong, named on stderr; 2 wrong usage or a fault, in one line
+on stderr; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import logging
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from typing import Annotated
@@ -18,6 +23,7 @@ from siglip_hf.cli.app import app as show_page
 from siglip_hf.cli.classify import classify
 from siglip_hf.cli.clusters import clusters
 from siglip_hf.cli.convert import convert, export
+from siglip_hf.cli.demo import demo
 from siglip_hf.cli.doctor import doctor
 from siglip_hf.cli.duplicates import duplicates
 from siglip_hf.cli.embed import embed
@@ -27,32 +33,142 @@ from siglip_hf.cli.search import search
 from siglip_hf.cli.train import train
 from siglip_hf.cli.verify import verify
 
+# Commands with the examples under their --help.
+_COMMANDS = (
+    (demo, ("siglip-hf demo", "siglip-hf demo --out sheet.png")),
+    (
+        classify,
+        (
+            'siglip-hf classify drawings/ --labels "a cat, a dog" --sheet sheet.png',
+            "siglip-hf classify photos/ --labels-file labels.txt --model google/siglip2-base-patch16-224 --json",
+        ),
+    ),
+    (
+        embed,
+        (
+            "siglip-hf embed drawings/ --out drawings.emb",
+            "siglip-hf embed table.csv --image-column file --out table.emb --model google/siglip2-base-patch16-224",
+        ),
+    ),
+    (index, ("siglip-hf index drawings/ --out drawings.idx", "siglip-hf index drawings/ --out drawings.idx --update")),
+    (
+        search,
+        (
+            'siglip-hf search drawings.idx "a red car" --sheet found.png',
+            "siglip-hf search drawings.idx --image sketch.png --not people -k 20 --json",
+        ),
+    ),
+    (
+        duplicates,
+        ("siglip-hf duplicates drawings.idx", "siglip-hf duplicates drawings.idx --threshold 0.99 --json"),
+    ),
+    (clusters, ("siglip-hf clusters drawings.idx", "siglip-hf clusters drawings.idx -n 20 --words words.txt")),
+    (
+        evaluate,
+        (
+            "siglip-hf evaluate classes/ --templates imagenet7",
+            "siglip-hf evaluate captions.csv --task retrieve --model google/siglip2-base-patch16-224",
+        ),
+    ),
+    (
+        train,
+        (
+            "siglip-hf train captions.csv --out tuned --epochs 3",
+            "siglip-hf train drawings/ --out tuned --lora 8 --hold-out 100",
+        ),
+    ),
+    (show_page, ("siglip-hf app search", "siglip-hf app compare --model google/siglip2-base-patch16-224")),
+    (doctor, ("siglip-hf doctor", "siglip-hf doctor --json")),
+    (
+        verify,
+        (
+            "siglip-hf verify",
+            "siglip-hf verify google/siglip2-base-patch16-224 photo.jpg --dtype bfloat16",
+        ),
+    ),
+    (
+        convert,
+        (
+            "siglip-hf convert siglip.npz --out siglip",
+            "siglip-hf convert siglip.npz --out siglip --preset google/siglip-base-patch16-224 --dtype bfloat16",
+        ),
+    ),
+    (
+        export,
+        (
+            "siglip-hf export tuned --out tuned-onnx",
+            "siglip-hf export google/siglip2-base-patch16-224 --out onnx --dtype float16",
+        ),
+    ),
+)
+
+# Commands that go on where they were stopped, if they are called again.
+_RESUMABLE = ("embed", "index", "train")
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
 app = typer.Typer(
     name="siglip-hf",
     help="SigLIP from the command line.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    invoke_without_command=True,
+    epilog="Examples:\n\nsiglip-hf demo\n\nsiglip-hf classify --help",
 )
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (that of the process if None) and returns its exit code."""
+    line = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in line
+    line = [word for word in line if word != "--debug"]
+    command = next((word for word in line if not word.startswith("-")), "")
+    _let_every_character_through()
     try:
         with _quiet_libraries():
-            return app(arguments, standalone_mode=False) or 0
+            code = app(line, standalone_mode=False) or 0
+            sys.stdout.flush()
+            return code
     except (typer.Abort, KeyboardInterrupt):
+        again = "; the same command goes on where this stopped" if command in _RESUMABLE else ""
+        print(f"siglip-hf: stopped{again}", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except Exception as error:
-        # Errors of usage come with an exit code and a message for the user, whatever class a version of typer has.
-        if hasattr(error, "format_message"):
-            message = error.format_message()
-        elif isinstance(error, ValueError | OSError | ImportError):  # of an extra that is not installed
-            message = str(error)
-        else:
-            raise
-        print(f"siglip-hf: {' '.join(message.split())}", file=sys.stderr)
+        if debug:
+            traceback.print_exc()
+        print(f"siglip-hf: {' '.join(_explain(error).split())}", file=sys.stderr)
         return 2
+
+
+def _explain(error: Exception) -> str:
+    """What went wrong, for one line."""
+    # Errors of usage come with an exit code and a message for the user, whatever class a version of typer has.
+    if hasattr(error, "format_message"):
+        return error.format_message()
+    if isinstance(error, OSError) and error.errno in _FULL:
+        return f"the disk of {error.filename or os.getcwd()} is full: {error}"
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return f"not enough memory; a smaller --batch-size needs less ({str(error).strip() or 'MemoryError'})"
+    if isinstance(error, ValueError | OSError | ImportError) and str(error).strip():  # ImportError: of a missing extra
+        return str(error)
+    from siglip_hf import __version__
+
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return (
+        f"a fault in version {__version__}, not your mistake: {what[:500]} "
+        f"({os.path.basename(place.filename)}, line {place.lineno}); please report it with what --debug prints."
+    )
+
+
+def _let_every_character_through() -> None:
+    """What the terminal's encoding lacks is printed as its code; it must not end a run after all the work."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager
@@ -78,26 +194,17 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Print the traceback of an error; may stand anywhere in the line.")
+    ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
-for command in (
-    classify,
-    embed,
-    index,
-    search,
-    duplicates,
-    clusters,
-    evaluate,
-    train,
-    show_page,
-    doctor,
-    verify,
-    convert,
-    export,
-):
-    app.command()(command)
+for command, examples in _COMMANDS:
+    app.command(epilog="\n\n".join(("Examples:", *examples)))(command)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from siglip_hf.cli.common import no_library_progress
+from siglip_hf.cli.common import check_sheet, console, no_library_progress, print_json, short_names
 
 if TYPE_CHECKING:
     from siglip_hf.search.query import Hit, Query
@@ -30,7 +29,14 @@ def search(
         str | None, typer.Option(help='Only rows whose path or id matches a pattern, such as "*/2024/*.jpg".')
     ] = None,
     queries: Annotated[Path | None, typer.Option(help="A text file with a query on each line.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array, an object per query.")] = False,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json",
+            help="Print one JSON array, an object per query: query, and hits (id, path, cosine, probability, text), "
+            "best first.",
+        ),
+    ] = False,
     sheet: Annotated[Path | None, typer.Option(help="Draw the answers into this picture file.")] = None,
     model: Annotated[
         str | None, typer.Option(help="The checkpoint that the index was made with, if it has moved.")
@@ -42,15 +48,15 @@ def search(
     """Find pictures by words, by a picture, or by both.
 
     cosine: similarity to the query. probability: the model's own, that the words fit the picture.
+    It uses the checkpoint that the index was made with.
     """
     from dataclasses import asdict
 
-    from siglip_hf.evaluation.confusion_picture import check_picture_file
     from siglip_hf.search.query import SearchIndex
 
     asked = _queries(words, text, image, not_text, queries)
     if sheet is not None:
-        check_picture_file(sheet)
+        check_sheet(sheet)
     with no_library_progress():
         found = SearchIndex.open(index, model=model, device=device).search_many(asked, k=k, path_filter=path)
     if as_json:
@@ -58,7 +64,7 @@ def search(
             {"query": str(query), "hits": [asdict(hit) for hit in hits]}
             for query, hits in zip(asked, found, strict=True)
         ]
-        print(json.dumps(answers, ensure_ascii=False, indent=2))
+        print_json(answers)
     else:
         _print_tables(asked, found)
     if not any(found):
@@ -97,11 +103,10 @@ def _queries(
 
 
 def _print_tables(queries: Sequence[Query], found: Sequence[Sequence[Hit]]) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    out = console()
     for query, hits in zip(queries, found, strict=True):
         table = Table(title=escape(str(query)), title_justify="left", title_style="bold")
         table.add_column("", justify="right")
@@ -110,10 +115,13 @@ def _print_tables(queries: Sequence[Query], found: Sequence[Sequence[Hit]]) -> N
         if has_probability:
             table.add_column("probability", justify="right")
         table.add_column("found", overflow="fold")
-        for rank, hit in enumerate(hits, 1):
+        for rank, (hit, name) in enumerate(zip(hits, short_names(hits), strict=True), 1):
             numbers = [f"{hit.cosine:.3f}", *([f"{hit.probability:.2%}"] if hit.probability is not None else [])]
-            table.add_row(str(rank), *numbers, escape(hit.text or hit.path or hit.id))
-        console.print(table)
+            table.add_row(str(rank), *numbers, escape(name))
+        out.print(table)
+        if hits and (query.not_text or (query.text and query.image is not None)):
+            alone = f"; the probability is that of {query.text!r} alone" if query.text and has_probability else ""
+            print(f"ordered by the cosine to all of the query together{alone}")
 
 
 def _draw_sheet(queries: Sequence[Query], found: Sequence[Sequence[Hit]], path: Path) -> list[str]:

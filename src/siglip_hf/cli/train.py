@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from siglip_hf.cli.common import no_library_progress, progress_bar
+from siglip_hf.cli.common import embedded_note, no_library_progress, progress_bar
 
 if TYPE_CHECKING:
     from siglip_hf.training.run import TrainReport
@@ -25,7 +25,10 @@ def train(
             metavar="DATA", help="A folder, a table, tar shards or a saved dataset: pictures with captions."
         ),
     ] = None,
-    output: Annotated[str | None, typer.Option(help="Folder of the run. Run again, it goes on where it was.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--out", "-o", help="Folder of the run. Run again, it goes on where it was.")
+    ] = None,
+    output_of_old: Annotated[str | None, typer.Option("--output", hidden=True)] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML or JSON file with any of these options.")] = None,
     model: Annotated[str | None, typer.Option(help="A checkpoint; without it the embedded one.")] = None,
     eval_data: Annotated[list[str] | None, typer.Option(help="Pictures on which recall is measured.")] = None,
@@ -67,7 +70,7 @@ def train(
 ) -> int:
     """Fine-tune on pictures with captions, or with labels.
 
-    Stopped at any moment, it goes on when it is called again. OUTPUT gets the checkpoint, loss.png and report.json.
+    Stopped at any moment, it goes on when it is called again. The folder gets the checkpoint, loss.png and report.json.
     For several processes: torchrun --nproc-per-node 2 --no-python siglip-hf train ...
     """
     from siglip_hf.training.run import run_training
@@ -75,15 +78,19 @@ def train(
 
     given = _given(context)
     given.pop("config", None)
+    if old := given.pop("output_of_old", None):
+        given.setdefault("output", old)
     if augment is not None:
         given["augment"] = [name.strip() for name in augment.split(",") if name.strip()]
     values = read_config(config) if config else {}
     settings = TrainSettings.read({**_with_underscores(values), **given}, str(config) if config else "train")
 
+    note = embedded_note(settings.model)
     with no_library_progress(), progress_bar() as progress:
         task = progress.add_task("loading", total=None)
 
         def show(what: str, done: int, total: int) -> None:
+            note()
             progress.update(task, description=what, completed=done, total=total)
 
         report = run_training(settings, on_progress=show)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from siglip_hf.data.embedder import SiglipEmbedder
 
+
 @dataclass
 class Embedded:
     """What a run did.
@@ -127,9 +128,7 @@ def embed_source(
     )
     with EmbeddingWriter(out, _manifest(embedder, kind, store_dtype)) as writer:
         todo, removed = _bring_up_to_date(writer, items)
-        result = Embedded(
-            writer.path, writer.manifest, removed=removed, unused=source.unused, damaged=writer.damaged
-        )
+        result = Embedded(writer.path, writer.manifest, removed=removed, unused=source.unused, damaged=writer.damaged)
         result.kept = len(items) - len(todo)
         start = time.perf_counter()
         on_progress(0, len(todo))
@@ -185,5 +184,3 @@ def _bring_up_to_date(writer: EmbeddingWriter, items: Sequence[Item]) -> tuple[l
     touched = {id_: stamp for id_, stamp in stamps.items() if id_ not in changed and stamp != writer.known[id_]}
     writer.revise(gone | changed, touched)
     return [item for item in items if item.id not in writer.known], len(gone)
-
-
