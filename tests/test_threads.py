@@ -14,7 +14,7 @@ from siglip_hf.parallel import in_threads, one_torch_thread
 @pytest.fixture(params=[1, 3])
 def threads(request, monkeypatch) -> int:
     monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(parallel, "usable_cores", lambda: 8)
     return request.param
 
 

@@ -5,10 +5,12 @@ Decoding and resizing release Python's lock, so that threads help.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import math
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +21,12 @@ import torch
 from threadpoolctl import ThreadpoolController
 
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+
+#: Pixels that readers hold decoded at once, in all threads together: 256 MB, or twice that while they are converted.
+#: One larger picture is decoded alone, at most 179 million pixels by Pillow's own limit: 716 MB.
+HELD_PIXELS = 64_000_000
+#: Pictures of fewer pixels are not counted.
+SMALL_PIXELS = 2_000_000
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -48,6 +56,76 @@ def _openmp() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="openmp")
 
 
+class PixelBudget:
+    """Bounds the pixels that all threads together hold decoded, so that large pictures wait for each other.
+
+    A thread opens a block with `bounded`, decodes a picture in it, and makes it small. The picture's pixels count from
+    `hold`, which the decoder calls when it has read the size, until the block ends or `release` is called.
+
+    Attributes:
+        limit: Pixels held at once; a picture of more is decoded alone.
+        largest: Pixels of the largest picture that is decoded at all; None leaves that to Pillow.
+    """
+
+    def __init__(self, limit: int = HELD_PIXELS) -> None:
+        self.limit = limit
+        self.largest: int | None = None
+        self._reset()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._reset)  # what other threads of the parent held is not held here
+
+    def _reset(self) -> None:
+        self._held = 0
+        self._changed = threading.Condition()
+        self._mine = threading.local()
+
+    @contextlib.contextmanager
+    def bounded(self) -> Iterator[None]:
+        """Counts the pictures that this thread decodes in the block."""
+        if hasattr(self._mine, "pixels"):  # the outer block counts them
+            yield
+            return
+        self._mine.pixels = 0
+        try:
+            yield
+        finally:
+            self.release()
+            del self._mine.pixels
+
+    def hold(self, pixels: int) -> None:
+        """Waits until so many pixels may be decoded; outside of a block, and for few, at once.
+
+        Raises:
+            ValueError: If the picture is larger than `largest`.
+        """
+        if self.largest is not None and pixels > self.largest:
+            raise ValueError(f"it has {pixels:,} pixels, more than the {self.largest:,} that were allowed")
+        if not hasattr(self._mine, "pixels") or pixels < SMALL_PIXELS:
+            return
+        with self._changed:
+            # A thread that holds a picture never waits for another one: no two threads wait for each other.
+            if not self._mine.pixels:
+                self._changed.wait_for(lambda: not self._held or self._held + pixels <= self.limit)
+            self._held += pixels
+            self._mine.pixels += pixels
+
+    @property
+    def is_held(self) -> bool:
+        """Whether this thread holds a picture that counts."""
+        return getattr(self._mine, "pixels", 0) > 0
+
+    def release(self) -> None:
+        """Says that the pictures of this thread's block are decoded no longer."""
+        with self._changed:
+            self._held -= self._mine.pixels
+            self._mine.pixels = 0
+            self._changed.notify_all()
+
+
+#: What all readers of this process share.
+PIXELS = PixelBudget()
+
+
 def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
     """`work(item)` of each item, in order, computed by as many threads as torch uses.
 
@@ -62,7 +140,7 @@ def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> Iterato
     Raises:
         Exception: What `work` or `items` raise.
     """
-    threads = min(torch.get_num_threads(), os.cpu_count() or 1)
+    threads = min(torch.get_num_threads(), usable_cores())
     if isinstance(items, Sequence) and len(items) > threads > 1:
         length = math.ceil(len(items) / threads)
         runs = (items[start : start + length] for start in range(0, len(items), length))

@@ -15,11 +15,11 @@ from PIL import Image
 from siglip_hf.preprocessing import image_intake
 from siglip_hf.preprocessing.image_intake import (
     PictureError,
+    iter_pictures,
     load_picture,
     load_pictures,
     looks_like_picture_source,
     read_picture,
-    read_pictures,
 )
 
 H, W = 6, 9
@@ -287,7 +287,7 @@ def test_pixel_limit_is_pillows(png, monkeypatch):
 def test_a_large_jpeg_is_decoded_at_a_reduced_size():
     side = 7200  # 52 megapixels
     content = encode(Image.new("L", (side, side), 77), "JPEG")
-    assert side * side > image_intake.LARGE_JPEG_PIXELS
+    assert side * side > image_intake.LARGE_PIXELS
     reduced = read_picture(content, draft_to=224)
     assert reduced.size == (side // 8, side // 8)
     assert min(reduced.size) >= 224 * image_intake.DRAFT_MARGIN
@@ -297,7 +297,7 @@ def test_a_large_jpeg_is_decoded_at_a_reduced_size():
 def test_a_draft_leaves_enough_detail_and_ordinary_pictures_alone(monkeypatch):
     content = encode(Image.new("RGB", (1600, 800)), "JPEG")
     assert read_picture(content, draft_to=100).size == (800, 1600)  # not large
-    monkeypatch.setattr(image_intake, "LARGE_JPEG_PIXELS", 1_000_000)
+    monkeypatch.setattr(image_intake, "LARGE_PIXELS", 1_000_000)
     assert read_picture(content, draft_to=100).size == (400, 800)  # 1/2; 1/4 would be below 4 x 100
     assert read_picture(content, draft_to=300).size == (800, 1600)
     assert read_picture(content).size == (800, 1600)
@@ -391,7 +391,7 @@ def test_prepared_floats_can_be_kept():
     picture = read_picture(prepared, keep_floats=True)
     assert picture.holds_floats
     np.testing.assert_array_equal(picture.to_array(), prepared)
-    batch = read_pictures(np.stack([prepared, prepared * 200]), keep_floats=True)
+    batch = [read() for read in iter_pictures(np.stack([prepared, prepared * 200]), keep_floats=True)]
     np.testing.assert_array_equal(batch[1].to_array(), prepared * 200)
     with pytest.raises(PictureError, match="NaN"):
         read_picture(prepared * np.nan, keep_floats=True)

@@ -18,7 +18,7 @@ from siglip_hf.data.sources import Record, Source, open_source
 from siglip_hf.files import parse_json, sha256_of_files
 from siglip_hf.inference.label_bank import check_characters
 from siglip_hf.inference.optimize.optimization import multiplies_bfloat16, optimize
-from siglip_hf.parallel import one_torch_thread, prefetch, usable_cores
+from siglip_hf.parallel import PIXELS, one_torch_thread, prefetch, usable_cores
 from siglip_hf.preprocessing.image_intake import load_picture
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ CHUNK_SIZE = 8
 
 # Decoded pixels that a thread may hold before it resizes: many small pictures in one call are faster, large ones would
 # fill the memory.
-_HELD_PIXELS = 16_000_000
+_HELD_PIXELS = 4_000_000
 
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -236,11 +236,14 @@ class SiglipEmbedder:
                 parts.append(self.processor.image_processor(images=held, return_tensors="pt"))
                 held.clear()
 
-        for picture in pictures:
-            held.append(picture)
-            if sum(one.width * one.height for one in held) >= _HELD_PIXELS:
-                resize()
-        resize()
+        with PIXELS.bounded():
+            for picture in pictures:
+                held.append(picture)
+                if PIXELS.is_held or sum(one.width * one.height for one in held) >= _HELD_PIXELS:
+                    resize()
+                    del picture
+                    PIXELS.release()
+            resize()
         if not parts:
             return None
         joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -13,7 +13,7 @@ from PIL import Image
 from siglip_hf.data.sources import DatasetCell, Record, Source, TarMember
 from siglip_hf.data.store import tar_path
 from siglip_hf.files import read_regular_file, sha256
-from siglip_hf.preprocessing.image_intake import LARGE_JPEG_PIXELS, load_picture, read_bytes
+from siglip_hf.preprocessing.image_intake import LARGE_PIXELS, load_picture, read_bytes
 
 if TYPE_CHECKING:
     from siglip_hf.data.embedder import SiglipEmbedder
@@ -121,6 +121,7 @@ def embed_items(embedder: SiglipEmbedder, items: Sequence[Item]) -> Iterator[Bat
                 rows.append(row)
                 if picture is not None:
                     yield picture
+                    del picture  # or it would lie in memory beside the next one
 
         inputs = embedder.prepare_images(pictures())
         return rows, inputs
@@ -162,7 +163,7 @@ def _full_size(content: Any, picture: Image.Image) -> tuple[int, int]:
     """Width and height before any reduction while decoding, upright."""
     if not isinstance(content, bytes):
         return picture.size
-    if picture.width * picture.height * 64 <= LARGE_JPEG_PIXELS:  # even an eighth of a side of a large one is more
+    if picture.width * picture.height * 64 <= LARGE_PIXELS:  # even an eighth of a side of a large one is more
         return picture.size
     with Image.open(io.BytesIO(content)) as header:
         width, height = header.size

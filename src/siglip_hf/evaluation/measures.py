@@ -529,6 +529,7 @@ def _embed_pictures(
             else:
                 outcomes.append(None)
                 yield picture
+                del picture  # or it would lie in memory beside the next one
 
     def prepare(chunk: Sequence[Record]) -> tuple[list[str | None], dict[str, torch.Tensor] | None]:
         outcomes: list[str | None] = []

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from siglip_hf.files import parse_json, text_lines
 from siglip_hf.inference.optimize.optimization import optimize
 from siglip_hf.inference.pipeline import SiglipZeroShotImageClassificationPipeline
@@ -141,7 +139,7 @@ def classify_files(
     classifier([], labels, **options)
     results: list[Classified] = []
     entries = [Classified(source, truth=truth_of(source, truth)) for source in sources]
-    # Read ahead, so that the towers do not wait for files and decoders; two batches of pictures at most lie in memory.
+    # Read and made small ahead, so that the towers do not wait for files and decoders.
     pictures = prefetch(
         entries, lambda entry: _read(classifier, entry), workers=min(batch_size, _READERS), depth=2 * batch_size
     )
@@ -156,10 +154,10 @@ def classify_files(
     return results
 
 
-def _read(classifier: SiglipZeroShotImageClassificationPipeline, entry: Classified) -> Image.Image | None:
-    """The picture of an entry, or None, with the reason in the entry."""
+def _read(classifier: SiglipZeroShotImageClassificationPipeline, entry: Classified) -> Any:
+    """The picture of an entry as the image tower takes it, or None, with the reason in the entry."""
     try:
-        return classifier.load_picture(entry.source)
+        return classifier.preprocess(entry.source)
     except PictureError as error:
         entry.error = error.reason
         return None

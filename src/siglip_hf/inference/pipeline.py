@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from PIL import Image
 from torch.utils.data import Dataset
+from transformers.image_processing_utils import BatchFeature
 from transformers.pipelines.base import Pipeline
 from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline
 
 from siglip_hf.inference.label_bank import LabelBank, parse_labels, parse_templates
+from siglip_hf.parallel import PIXELS
 from siglip_hf.preprocessing.image_intake import DEFAULT_TIMEOUT, load_picture, load_pictures
 from siglip_hf.preprocessing.processing_siglip import check_vocabulary
 
@@ -193,9 +195,12 @@ class SiglipZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipel
         return load_picture(image, timeout=timeout, draft_to=max(sides) if sides else None)
 
     def preprocess(self, image: Any, timeout: float | None = DEFAULT_TIMEOUT) -> Any:  # type: ignore[override]
-        """One picture from anything to the inputs of the image tower, in the model's dtype."""
-        picture = self.load_picture(image, timeout)
-        return self.image_processor(images=[picture], return_tensors="pt").to(self.dtype)
+        """One picture from anything to the inputs of the image tower, in the model's dtype; such inputs stay so."""
+        if isinstance(image, BatchFeature):
+            return image
+        with PIXELS.bounded():
+            # Without a name for the picture: it is gone before the block ends and the next one may be decoded.
+            return self.image_processor(images=[self.load_picture(image, timeout)], return_tensors="pt").to(self.dtype)
 
     def _forward(  # type: ignore[override]
         self,

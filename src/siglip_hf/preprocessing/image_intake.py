@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import io
 import os
 import string
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,12 +22,16 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 
-from siglip_hf.parallel import in_threads
+from siglip_hf.parallel import PIXELS
 from siglip_hf.preprocessing.sequences import as_list
 
-#: Above this many pixels a JPEG is decoded at a reduced size (libjpeg scales by 1/2, 1/4 or 1/8 while decoding).
-#: Cameras in ordinary use stay below it, so their pictures are decoded in full and give stock's numbers.
-LARGE_JPEG_PIXELS = 50_000_000
+#: Above this many pixels a JPEG is decoded at a reduced size (libjpeg scales by 1/2, 1/4 or 1/8 while decoding), and
+#: what must be converted or turned is reduced first. Cameras in ordinary use stay below it, so their pictures are
+#: decoded in full and give stock's numbers.
+LARGE_PIXELS = 50_000_000
+
+# Conversions take up to four times a picture's memory; so they are done in strips of about this many pixels.
+_STRIP_PIXELS = 4_000_000
 
 #: How many times larger than the result, along each side, a reduced decode must at least be.
 DRAFT_MARGIN = 4
@@ -35,6 +40,11 @@ DEFAULT_TIMEOUT = 30.0  # seconds to wait for a URL
 
 # A float picture resized or blended in float32 may leave 0..1 by a rounding error; more than this is a mistake.
 _FLOAT_SLACK = 1e-4
+
+# Pillow's memory comes in blocks of 16 MB, which the C library keeps for the thread that asked for them, so that each
+# thread would keep the memory of its largest picture. Blocks of more than 32 MB go back to the system at once.
+if "PILLOW_BLOCK_SIZE" not in os.environ:
+    Image.core.set_block_size(64 * 2**20)
 
 _BASE64 = frozenset(string.ascii_letters + string.digits + "+/=\r\n")
 _EXIF_ORIENTATION = 0x0112
@@ -116,7 +126,7 @@ def load_picture(
       and uint16 scaled from 0..65535; other integers must lie in 0..255. Floats lie in 0..1 (then scaled) or in 0..255,
       and are rounded to 8 bits. bool, NaN and infinity are refused.
     - **Size**: Pillow's pixel limit holds (a warning above `PIL.Image.MAX_IMAGE_PIXELS`, an error above twice that). A
-      JPEG of more than `LARGE_JPEG_PIXELS` is decoded at 1/2, 1/4 or 1/8 of its size if `draft_to` allows it.
+      JPEG of more than `LARGE_PIXELS` is decoded at 1/2, 1/4 or 1/8 of its size if `draft_to` allows it.
 
     Args:
         source: the picture.
@@ -145,41 +155,32 @@ def load_pictures(images: Any, **options: Any) -> list[Image.Image]:
         PictureError: for the first picture that cannot be used; its message and `index` say which.
         ValueError: if there is no picture at all.
     """
-    return [picture.to_pil() for picture in iter_pictures(images, **options)]
+    return [read().to_pil() for read in iter_pictures(images, **options)]
 
 
-def read_pictures(images: Any, **options: Any) -> list[Picture]:
-    """As `load_pictures`, without conversion to PIL images.
-
-    Args:
-        images: one picture or many; see `load_pictures`.
-        **options: those of `read_picture`.
-    """
-    return list(iter_pictures(images, **options))
-
-
-def iter_pictures(images: Any, **options: Any) -> Iterator[Picture]:
-    """As `read_pictures`, one at a time, so that a batch need not lie in memory decoded.
+def iter_pictures(images: Any, **options: Any) -> Iterator[Callable[[], Picture]]:
+    """The pictures of a batch, each as a function that reads it, so that the batch need not lie in memory decoded.
 
     Args:
         images: one picture or many; see `load_pictures`.
         **options: those of `read_picture`.
+
+    Yields:
+        Functions that may be called in threads. They raise `PictureError`, with the index, for what cannot be read.
 
     Raises:
         ValueError: if there are none.
-        PictureError: for a picture that cannot be read, with its index.
     """
     sources = list(_flatten(images, options.get("keep_floats", False)))
     if not sources:
         raise ValueError(f"No pictures given: got an empty {type(images).__name__}. Pass at least one picture.")
 
-    def read(entry: tuple[int, Any]) -> Picture:
-        index, source = entry
-        return read_picture(source, index=index if len(sources) > 1 else None, **options)
-
-    # Objects may be one and the same, or share a file, which two threads must not read at once.
-    apart = all(isinstance(source, str | os.PathLike | bytes) for source in sources)
-    yield from in_threads(read, enumerate(sources)) if apart else map(read, enumerate(sources))
+    for index, source in enumerate(sources):
+        read = functools.partial(read_picture, source, index=index if len(sources) > 1 else None, **options)
+        # Objects may be one and the same, or share a file, which two threads must not read at once.
+        if not isinstance(source, str | os.PathLike | bytes):
+            read = functools.partial(read_picture, read())
+        yield read
 
 
 def read_picture(
@@ -217,6 +218,9 @@ def read_picture(
             return _from_array(array, layout, convert_rgb, keep_floats)
         # Multi-frame formats keep their file open until they are closed; the pixels outlive that.
         with _open(_as_file(source, timeout), draft_to) as image:
+            PIXELS.hold(image.width * image.height)
+            if draft_to is not None and _is_costly(image, convert_rgb):
+                return _reduced(image, draft_to)
             return _from_pil(image, convert_rgb)
     except (ValueError, OSError) as error:
         raise PictureError(_reason(error), _describe(source), index) from error
@@ -337,7 +341,7 @@ def _open(file: Any, draft_to: int | None) -> Image.Image:
         raise OSError("it is a folder, not a file" if os.path.isdir(file) else "no such file")
     try:
         image = Image.open(file)
-        if draft_to is not None and image.width * image.height > LARGE_JPEG_PIXELS and isinstance(image, JpegImageFile):
+        if draft_to is not None and image.width * image.height > LARGE_PIXELS and isinstance(image, JpegImageFile):
             # The same length for both sides, because the orientation is applied after decoding.
             image.draft(None, (DRAFT_MARGIN * draft_to, DRAFT_MARGIN * draft_to))
     except UnidentifiedImageError as error:
@@ -347,12 +351,16 @@ def _open(file: Any, draft_to: int | None) -> Image.Image:
     return image
 
 
-def _from_pil(image: Image.Image, convert_rgb: bool) -> Picture:
+def _load(image: Image.Image) -> None:
     try:
         image.load()
     except Exception as error:  # as in `_open`
         raise OSError(f"{type(error).__name__}: {error}") from error
-    image = _upright(image)
+
+
+def _from_pil(image: Image.Image, convert_rgb: bool, turn: bool = True) -> Picture:
+    _load(image)
+    image = _upright(image) if turn else image
     unit_range = False
     if image.mode == "F" or image.mode.startswith("I"):  # 32-bit float, 32-bit and 16-bit integer: one channel
         array = np.asarray(image)
@@ -370,18 +378,52 @@ def _from_pil(image: Image.Image, convert_rgb: bool) -> Picture:
     return Picture(image, unit_range)
 
 
+def _is_costly(image: Image.Image, convert_rgb: bool) -> bool:
+    """Whether a picture is very large and would lie in memory twice, because it must be converted or turned."""
+    if not convert_rgb or image.width * image.height <= LARGE_PIXELS or image.mode in ("F", "I"):
+        return False
+    return image.mode not in ("RGB", "L") or image.has_transparency_data or _orientation(image) != 1
+
+
+def _reduced(image: Image.Image, draft_to: int) -> Picture:
+    """An RGB picture reduced by a whole number, to no less than a JPEG would be; strip by strip."""
+    _load(image)
+    factor = min(max(min(image.size) // (DRAFT_MARGIN * draft_to), 1), 8)  # 8 as for a JPEG
+    width, height = (-(-side // factor) for side in image.size)
+    reduced = Image.new("RGB", (width, height))
+    rows = max(_STRIP_PIXELS // image.width // factor, 1) * factor
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        reduced.paste(_from_pil(strip, True, turn=False).to_pil().reduce(factor), (0, top // factor))
+    reduced.getexif().update(image.getexif())
+    return Picture(_upright(reduced))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_EXIF_ORIENTATION, 1)
+    except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
+        return 1  # metadata that cannot be read say nothing about the orientation
+
+
 def _upright(image: Image.Image) -> Image.Image:
     try:
         # Asked first, because exif_transpose copies an image that needs no turning.
-        if image.getexif().get(_EXIF_ORIENTATION, 1) == 1:
-            return image
-        return ImageOps.exif_transpose(image)
+        return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
     except (SyntaxError, ValueError, TypeError, KeyError, struct.error):
         return image  # metadata that cannot be read say nothing about the orientation
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Mode RGB, on white where the image is transparent."""
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    rows = max(_STRIP_PIXELS // image.width, 1)
+    if image.height > rows:
+        whole = Image.new("RGB", image.size)
+        for top in range(0, image.height, rows):
+            whole.paste(_to_rgb(image.crop((0, top, image.width, min(top + rows, image.height)))), (0, top))
+        return whole
     if image.has_transparency_data or image.mode in ("La", "RGBa"):
         if image.mode == "La":  # premultiplied alpha has one way out only
             image = image.convert("LA")

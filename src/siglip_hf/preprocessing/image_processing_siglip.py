@@ -6,7 +6,7 @@ without cropping. They and the arguments stand here once, for this class and for
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from transformers.image_utils import (
 )
 from transformers.processing_utils import ImagesKwargs
 
-from siglip_hf.parallel import in_threads
+from siglip_hf.parallel import PIXELS, in_threads
 from siglip_hf.preprocessing.image_intake import Picture, iter_pictures, load_picture
 from siglip_hf.preprocessing.image_tensors import resize_with_pillow
 from siglip_hf.preprocessing.options import check_unknown
@@ -156,8 +156,8 @@ class SiglipImageProcessorBase(BaseImageProcessor):
         do_convert_rgb: bool,
         input_data_format: str | ChannelDimension | None = None,
         **kwargs: Any,
-    ) -> Iterable[Picture]:
-        # One by one, so that a batch of large files never lies in memory decoded.
+    ) -> Iterable[Callable[[], Picture]]:
+        # To be read one by one, so that a batch of large files never lies in memory decoded.
         return iter_pictures(
             images,
             input_data_format=input_data_format,
@@ -185,7 +185,7 @@ class SiglipImageProcessor(SiglipImageProcessorBase, PilBackend):
 
     def _preprocess(  # type: ignore[override]
         self,
-        images: Iterable[Picture],
+        images: Iterable[Callable[[], Picture]],
         do_resize: bool,
         size: SizeDict,
         resample: Any,
@@ -207,7 +207,9 @@ class SiglipImageProcessor(SiglipImageProcessorBase, PilBackend):
             raise ValueError(f"device={str(device)!r}: Pillow works on the CPU. Use SiglipImageProcessorFast instead.")
         tables: dict[tuple[float, int], np.ndarray] = {}  # by scale and channels
 
-        def prepared(picture: Picture) -> np.ndarray:
+        @PIXELS.bounded()
+        def prepared(read: Callable[[], Picture]) -> np.ndarray:
+            picture = read()
             if do_resize:
                 picture = resize_with_pillow(picture, resized_size(size, *picture.size), pillow_filter(resample))
             pixels = np.moveaxis(picture.to_array(), -1, 0)  # (C, height, width)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ChannelDimension, PILImageResampling
 from transformers.processing_utils import ImagesKwargs
 
-from siglip_hf.parallel import in_threads
+from siglip_hf.parallel import PIXELS, in_threads
 from siglip_hf.preprocessing.image_intake import Picture, iter_pictures
 from siglip_hf.preprocessing.image_processing_siglip import (
     SiglipImageProcessor,
@@ -133,7 +133,7 @@ class Siglip2ImageProcessorBase(SiglipImageProcessorBase):
         max_num_patches: int | Sequence[int],
         input_data_format: str | ChannelDimension | None = None,
         **kwargs: Any,
-    ) -> Iterator[Picture]:
+    ) -> Iterable[Callable[[], Picture]]:
         return iter_pictures(
             images,
             input_data_format=input_data_format,
@@ -144,36 +144,43 @@ class Siglip2ImageProcessorBase(SiglipImageProcessorBase):
         )
 
 
-def with_sizes(
-    pictures: Iterable[Picture], do_resize: bool, patch_size: int, max_num_patches: int | Sequence[int]
-) -> Iterator[tuple[Picture, tuple[int, int]]]:
-    """Each picture with the size in pixels that it is to have.
+def with_budgets(
+    pictures: Iterable[Callable[[], Picture]], max_num_patches: int | Sequence[int]
+) -> Iterator[tuple[Callable[[], Picture], int]]:
+    """Each picture, to be read, with its budget of patches.
 
     Raises:
-        ValueError: If there are not as many budgets as pictures, or a picture that must not be resized does not fit.
+        ValueError: If there are not as many budgets as pictures.
     """
     count = 0
     for count, picture in enumerate(pictures, start=1):
         if isinstance(max_num_patches, int):
-            budget = max_num_patches
+            yield picture, max_num_patches
         elif count <= len(max_num_patches):
-            budget = max_num_patches[count - 1]
+            yield picture, max_num_patches[count - 1]
         else:
             raise ValueError(f"more pictures than the {len(max_num_patches)} budgets of max_num_patches; give one each")
-        if do_resize:
-            yield picture, naflex_size(*picture.size, patch_size, budget)
-            continue
-        height, width = picture.size
-        if height % patch_size or width % patch_size:
-            raise ValueError(
-                f"a picture of {height}x{width} pixels does not consist of patches of {patch_size}x{patch_size}; "
-                "leave do_resize on, or resize it"
-            )
-        if (patches := height * width // patch_size**2) > budget:
-            raise ValueError(f"a picture of {height}x{width} pixels has {patches} patches; max_num_patches={budget}")
-        yield picture, picture.size
     if not isinstance(max_num_patches, int) and count != len(max_num_patches):
         raise ValueError(f"max_num_patches has {len(max_num_patches)} budgets for {count} pictures; give one each")
+
+
+def size_within(picture: Picture, budget: int, do_resize: bool, patch_size: int) -> tuple[int, int]:
+    """The (height, width) in pixels that a picture is to have.
+
+    Raises:
+        ValueError: If a picture that must not be resized does not fit.
+    """
+    height, width = picture.size
+    if do_resize:
+        return naflex_size(height, width, patch_size, budget)
+    if height % patch_size or width % patch_size:
+        raise ValueError(
+            f"a picture of {height}x{width} pixels does not consist of patches of {patch_size}x{patch_size}; "
+            "leave do_resize on, or resize it"
+        )
+    if (patches := height * width // patch_size**2) > budget:
+        raise ValueError(f"a picture of {height}x{width} pixels has {patches} patches; max_num_patches={budget}")
+    return height, width
 
 
 def channels_of_batch(channels: Iterable[int]) -> int:
@@ -210,7 +217,7 @@ class Siglip2ImageProcessor(Siglip2ImageProcessorBase, SiglipImageProcessor):
 
     def _preprocess(  # type: ignore[override]
         self,
-        images: Iterable[Picture],
+        images: Iterable[Callable[[], Picture]],
         do_resize: bool,
         resample: Any,
         do_rescale: bool,
@@ -227,8 +234,11 @@ class Siglip2ImageProcessor(Siglip2ImageProcessorBase, SiglipImageProcessor):
         if device is not None and str(device) != "cpu":
             raise ValueError(f"device={str(device)!r}: Pillow works on the CPU. Use Siglip2ImageProcessorFast instead.")
 
-        def patches_of(entry: tuple[Picture, tuple[int, int]]) -> tuple[np.ndarray, tuple[int, int], float]:
-            picture, (height, width) = entry
+        @PIXELS.bounded()
+        def patches_of(entry: tuple[Callable[[], Picture], int]) -> tuple[np.ndarray, tuple[int, int], float]:
+            read, budget = entry
+            picture = read()
+            height, width = size_within(picture, budget, do_resize, patch_size)
             scale = value_scale(picture, do_rescale, rescale_factor)
             if do_resize:
                 picture = resize_with_pillow(picture, (height, width), pillow_filter(resample))
@@ -237,8 +247,7 @@ class Siglip2ImageProcessor(Siglip2ImageProcessorBase, SiglipImageProcessor):
             patches = np.ascontiguousarray(pixels.swapaxes(1, 2))  # (rows, columns, p, p, C)
             return patches.reshape(rows * columns, patch_size**2, -1), (rows, columns), scale
 
-        sized = with_sizes(images, do_resize, patch_size, max_num_patches)
-        pieces = list(in_threads(patches_of, sized))
+        pieces = list(in_threads(patches_of, with_budgets(images, max_num_patches)))
         channels = channels_of_batch(patches.shape[2] for patches, _, _ in pieces)
         as_they_are = not do_normalize and all(scale == 1 for _, _, scale in pieces)
         values = np.empty(

@@ -5,21 +5,22 @@ Same defaults, arguments and budgets as `Siglip2ImageProcessor`; torchvision is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers.image_processing_utils import BatchFeature
 
-from siglip_hf.parallel import in_threads
+from siglip_hf.parallel import PIXELS, in_threads
 from siglip_hf.preprocessing.image_intake import Picture
 from siglip_hf.preprocessing.image_processing_siglip import pillow_filter, value_scale
 from siglip_hf.preprocessing.image_processing_siglip2 import (
     Siglip2ImageProcessorBase,
     channels_of_batch,
     largest_budget,
-    with_sizes,
+    size_within,
+    with_budgets,
 )
 from siglip_hf.preprocessing.image_processing_siglip_fast import SiglipImageProcessorFast
 from siglip_hf.preprocessing.image_tensors import divide_and_shift, division_and_shift, empty, put, resize, to_tensor
@@ -39,7 +40,7 @@ class Siglip2ImageProcessorFast(Siglip2ImageProcessorBase, SiglipImageProcessorF
 
     def _preprocess(  # type: ignore[override]
         self,
-        images: Iterable[Picture],
+        images: Iterable[Callable[[], Picture]],
         do_resize: bool,
         resample: Any,
         do_rescale: bool,
@@ -53,13 +54,16 @@ class Siglip2ImageProcessorFast(Siglip2ImageProcessorBase, SiglipImageProcessorF
         device: torch.device,
         **kwargs: Any,
     ) -> BatchFeature:
-        def resized(entry: tuple[Picture, tuple[int, int]]) -> tuple[torch.Tensor, float]:
-            picture, size = entry
+        @PIXELS.bounded()
+        def resized(entry: tuple[Callable[[], Picture], int]) -> tuple[torch.Tensor, float]:
+            read, budget = entry
+            picture = read()
+            size = size_within(picture, budget, do_resize, patch_size)
             pixels = resize(picture, size, pillow_filter(resample)) if do_resize else to_tensor(picture)
             return pixels, value_scale(picture, do_rescale, rescale_factor)
 
-        sized = with_sizes(images, do_resize, patch_size, max_num_patches)
-        pixels, scales = map(list, zip(*in_threads(resized, sized), strict=True))  # (C, height, width) each
+        entries = with_budgets(images, max_num_patches)
+        pixels, scales = map(list, zip(*in_threads(resized, entries), strict=True))  # (C, height, width) each
         channels = channels_of_batch(item.shape[0] for item in pixels)
         as_they_are = not do_normalize and all(scale == 1 for scale in scales)
         values = empty(
@@ -82,8 +86,8 @@ class Siglip2ImageProcessorFast(Siglip2ImageProcessorBase, SiglipImageProcessorF
             put(patches.new_zeros(()), into=patches[rows * columns :])
             return rows, columns
 
-        entries = list(zip(values, pixels, scales, strict=True))
-        shapes = list(in_threads(fill, entries) if device.type == "cpu" else map(fill, entries))
+        filling = list(zip(values, pixels, scales, strict=True))
+        shapes = list(in_threads(fill, filling) if device.type == "cpu" else map(fill, filling))
         spatial_shapes = torch.tensor(shapes, device=device)  # (B, 2)
         lengths = spatial_shapes.prod(dim=1, keepdim=True)
         mask = (torch.arange(values.shape[1], device=device) < lengths).int()  # (B, N)

@@ -6,7 +6,7 @@ Same defaults, arguments and intake as `SiglipImageProcessor`; torchvision is ne
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from transformers.image_processing_utils import BatchFeature
 from transformers.image_utils import ChannelDimension, SizeDict
 
-from siglip_hf.parallel import in_threads
+from siglip_hf.parallel import PIXELS, in_threads
 from siglip_hf.preprocessing.image_intake import Picture
 from siglip_hf.preprocessing.image_processing_siglip import (
     SiglipImageProcessorBase,
@@ -64,7 +64,7 @@ class SiglipImageProcessorFast(SiglipImageProcessorBase):
 
     def _preprocess(  # type: ignore[override]
         self,
-        images: Iterable[Picture],
+        images: Iterable[Callable[[], Picture]],
         do_resize: bool,
         size: SizeDict,
         resample: Any,
@@ -82,7 +82,9 @@ class SiglipImageProcessorFast(SiglipImageProcessorBase):
         data_format: str | ChannelDimension | None = None,
         **kwargs: Any,
     ) -> BatchFeature:
-        def resized(picture: Picture) -> tuple[torch.Tensor, float]:
+        @PIXELS.bounded()
+        def resized(read: Callable[[], Picture]) -> tuple[torch.Tensor, float]:
+            picture = read()
             scale = value_scale(picture, do_rescale, rescale_factor)
             if not do_resize:
                 return to_tensor(picture), scale

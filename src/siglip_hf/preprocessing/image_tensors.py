@@ -28,6 +28,9 @@ _PILLOW_PICKS_ORDER = int(PIL.__version__.partition(".")[0]) >= 13
 # Before Pillow 13, pictures of more than this many times their width in height went through the columns first as well.
 _VERY_HIGH = 100
 
+# Pixels above which a copy of a picture costs more memory than torch saves time.
+_LARGE = 50_000_000
+
 _TORCH_MODES = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
 
 
@@ -42,8 +45,9 @@ def resize(picture: Picture, target: tuple[int, int], resample: PILImageResampli
     Its memory is channels-last, and may have a fourth channel that is skipped.
     """
     height, width = picture.size
-    # Pillow filters RGBA with premultiplied alpha, which torch cannot; and very high pictures in an order of their own.
-    if resample not in _TORCH_MODES or _has_alpha(picture) or height > _VERY_HIGH * width:
+    # Pillow filters RGBA with premultiplied alpha, which torch cannot, and very high pictures in an order of their own.
+    # For torch a large picture would be copied.
+    if resample not in _TORCH_MODES or _has_alpha(picture) or height > _VERY_HIGH * width or height * width > _LARGE:
         return to_tensor(resize_with_pillow(picture, target, resample))
     columns_first = _PILLOW_PICKS_ORDER and height - target[0] > 2 * max(0, width - target[1])
     between = (target[0], width) if columns_first else (height, target[1])

@@ -44,7 +44,7 @@ def shared_pixels(image: Image.Image) -> np.ndarray | None:
 
     Returns:
         (height, width, 4) uint8, where the fourth value of a pixel means nothing. None if the picture is not RGB, if
-        its memory is in several blocks (by default, above 16 MiB), or if Pillow is older.
+        its memory is in several blocks (see `image_intake`), or if Pillow is older.
     """
     # With PILLOW_ALIGNMENT the rows have gaps, of which Pillow's export does not tell.
     if image.mode != "RGB" or not hasattr(image, "__arrow_c_array__") or Image.core.get_alignment() != 1:

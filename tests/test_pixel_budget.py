@@ -1,0 +1,167 @@
+"""Large pictures wait for each other: how many pixels lie decoded is bounded over all threads and readers."""
+
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import siglip_hf
+from siglip_hf import (
+    Siglip2ImageProcessor,
+    Siglip2ImageProcessorFast,
+    SiglipImageProcessor,
+    SiglipImageProcessorFast,
+    parallel,
+)
+from siglip_hf.data.embedder import SiglipEmbedder
+from siglip_hf.inference.classify import classify_files, load_classifier
+from siglip_hf.parallel import PIXELS, PixelBudget
+from siglip_hf.preprocessing import image_intake
+from siglip_hf.preprocessing.image_intake import PictureError, load_picture
+
+
+@pytest.fixture
+def budget(monkeypatch):
+    """A budget of 3 pictures of 400 pixels, of which none is too small to count; it notes how many were held."""
+    monkeypatch.setattr(parallel, "SMALL_PIXELS", 1)
+    monkeypatch.setattr(PIXELS, "limit", 1200)
+    monkeypatch.setattr(parallel, "usable_cores", lambda: 8)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 8)
+    held = []
+    load = image_intake._load
+    monkeypatch.setattr(image_intake, "_load", lambda image: (held.append(PIXELS._held), load(image))[1])
+    return held
+
+
+def test_few_wait_for_none_and_many_for_each_other():
+    budget, most, held, lock = PixelBudget(30_000_000), [], 0, threading.Lock()
+
+    def work(pixels: int) -> int:
+        nonlocal held
+        with budget.bounded():
+            budget.hold(pixels)
+            with lock:
+                held += pixels
+                most.append(held)
+            with lock:
+                held -= pixels
+        return pixels
+
+    sizes = [10_000_000, 3_000_000, 25_000_000, 90_000_000] * 25
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(work, sizes)) == sizes
+    assert max(most) == 90_000_000  # alone: with another one it would be more
+    assert budget._held == 0
+
+
+def test_a_thread_that_holds_one_does_not_wait():
+    budget = PixelBudget(10_000_000)
+    with budget.bounded():
+        budget.hold(9_000_000)
+        with budget.bounded():
+            budget.hold(9_000_000)  # would wait for ever
+        assert budget._held == 18_000_000
+        budget.release()
+        assert budget._held == 0
+    budget.hold(9_000_000)  # outside of a block nothing is counted
+    assert budget._held == 0
+
+
+def test_an_error_gives_back_what_was_held():
+    budget = PixelBudget(10_000_000)
+
+    @budget.bounded()
+    def decode():
+        budget.hold(9_000_000)
+        raise OSError("broken")
+
+    with pytest.raises(OSError, match="broken"):
+        decode()
+    assert budget._held == 0
+
+
+def files(folder, count=12):
+    paths = []
+    for i in range(count):
+        paths.append(str(folder / f"{i}.png"))
+        Image.fromarray(np.full((20, 20, 3), i * 20, np.uint8)).save(paths[-1])
+    return paths
+
+
+@pytest.mark.parametrize(
+    "processor_class",
+    [SiglipImageProcessor, SiglipImageProcessorFast, Siglip2ImageProcessor, Siglip2ImageProcessorFast],
+)
+def test_image_processors_hold_few(processor_class, tmp_path, budget):
+    paths = files(tmp_path)
+    expected = [processor_class()([path], return_tensors="np").pixel_values[0] for path in paths]
+    budget.clear()
+    got = processor_class()(paths, return_tensors="np").pixel_values
+    np.testing.assert_array_equal(got, expected)
+    assert len(budget) == len(paths)
+    assert 0 < max(budget) <= 1200
+    assert PIXELS._held == 0
+
+
+def test_classify_and_embed_hold_few(tmp_path, budget):
+    paths = files(tmp_path)
+    checkpoint = siglip_hf.default_checkpoint()
+    classified = classify_files(load_classifier(checkpoint, device="cpu"), [*paths, "missing.png"], "a cat, a dog")
+    assert [bool(entry.labels) for entry in classified] == [True] * len(paths) + [False]
+    assert 0 < max(budget) <= 1200
+    budget.clear()
+    assert SiglipEmbedder(checkpoint, device="cpu", fast=False, workers=8).embed_images(paths).shape[0] == len(paths)
+    assert 0 < max(budget) <= 1200
+    assert PIXELS._held == 0
+
+
+def test_the_largest_picture_can_be_chosen(tmp_path, monkeypatch):
+    (path,) = files(tmp_path, 1)
+    monkeypatch.setattr(PIXELS, "largest", 399)
+    with pytest.raises(PictureError, match="400 pixels, more than the 399 that were allowed"):
+        load_picture(path)
+
+
+def encoded(image: Image.Image, **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def noise(mode: str) -> Image.Image:
+    values = np.random.default_rng(0).integers(0, 256, (61, 47, 4), dtype=np.uint8)
+    return Image.fromarray(values, "RGBA").convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "1", "CMYK", "RGB"])
+def test_conversion_in_strips_is_the_same(mode, monkeypatch):
+    image = noise(mode)
+    if mode == "RGB":
+        image.info["transparency"] = tuple(int(value) for value in np.asarray(image)[3, 4])
+    whole = np.asarray(load_picture(image))
+    monkeypatch.setattr(image_intake, "_STRIP_PIXELS", 200)
+    np.testing.assert_array_equal(np.asarray(load_picture(image)), whole)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_what_would_lie_in_memory_twice_is_reduced(mode, orientation, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.linear_gradient("L").resize((90, 120)).convert("RGBA")
+    image.putalpha(Image.radial_gradient("L").resize((90, 120)))
+    content = encoded(image.convert(mode), exif=exif)
+    whole = load_picture(content, draft_to=4)
+    monkeypatch.setattr(image_intake, "LARGE_PIXELS", 1000)
+    monkeypatch.setattr(image_intake, "_STRIP_PIXELS", 700)
+    reduced = load_picture(content, draft_to=4)
+    costly = mode not in ("L", "RGB") or orientation == 6
+    size = (18, 24) if costly else (90, 120)
+    assert reduced.size == (size if orientation == 1 else size[::-1])
+    assert (whole.size == reduced.size) == (not costly)
+    small, expected = (np.asarray(each.resize((4, 4), Image.Resampling.BICUBIC), int) for each in (reduced, whole))
+    assert np.abs(small - expected).max() <= 3
+    assert load_picture(content).size == whole.size  # nobody said what it will be resized to
