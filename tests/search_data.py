@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from siglip_hf.search.index import Origin
+from siglip_hf.search.backend import Origin
 
 DIMENSION = 32
 ORIGIN = Origin("a model", "0" * 64, DIMENSION, "image")

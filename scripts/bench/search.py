@@ -27,8 +27,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from siglip_hf.search.backend import Origin
 from siglip_hf.search.build import build_index
-from siglip_hf.search.index import IndexFolder, Origin
+from siglip_hf.search.index import IndexFolder
 from siglip_hf.search.kinds import KINDS, parse_bytes
 
 BLOCK = 16_384

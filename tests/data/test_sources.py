@@ -173,7 +173,7 @@ def test_empty_and_unknown(tmp_path):
         open_source(tmp_path / "bad.jsonl")
     for name in ("a.tar.gz", "a.tgz"):
         (tmp_path / name).write_bytes(b"x")
-        with pytest.raises(ValueError, match="is a compressed tar file.*Decompress"):
+        with pytest.raises(ValueError, match="is a compressed tar file"):
             open_source(tmp_path / name)
     picture(tmp_path / "only" / "a.png")
     with pytest.raises(ValueError, match="none of 1 entries has a picture and a caption"):

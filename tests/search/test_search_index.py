@@ -1,5 +1,6 @@
 """Index folders: kinds, recall, updates, what is refused, and what a killed run leaves."""
 
+import itertools
 import json
 import shutil
 
@@ -12,10 +13,12 @@ pytest.importorskip("pyarrow")
 from filelock import FileLock
 
 from search_data import DIMENSION, ORIGIN, blocks, clustered, rows
+from siglip_hf.files import write_sealed_json
 from siglip_hf.search import build as index_build
 from siglip_hf.search import kinds as faiss_kinds
+from siglip_hf.search.backend import Origin
 from siglip_hf.search.build import build_index
-from siglip_hf.search.index import IndexFolder, Origin
+from siglip_hf.search.index import IndexFolder
 from siglip_hf.search.kinds import KINDS, choose_kind, memory_of, parse_bytes
 
 GB = 10**9
@@ -231,7 +234,88 @@ def test_amounts_of_memory():
             parse_bytes(text)
 
 
+# --- equal rows
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_copies_keep_their_order_whatever_k(tmp_path, kind):
+    vectors = np.repeat(clustered(400, seed=5), 5, axis=0)  # five copies of each
+    numbers = np.arange(2000)
+    np.random.default_rng(0).shuffle(numbers)
+    table = [(rows(numbers.tolist()), vectors)]
+    build_index(ORIGIN, table, tmp_path / "idx", kind=kind)
+    folder = IndexFolder(tmp_path / "idx")
+    for query in clustered(20, seed=6):
+        ((longest, cosines),) = folder.nearest(query[None], 40, effort=512)
+        assert all(a >= b for a, b in itertools.pairwise(cosines))
+        for start in range(0, 40, 5):
+            group = longest[start : start + 5].tolist()
+            assert group == list(range(group[0], group[0] + 5)), "copies are neighbours, in the order of the rows"
+        for k in range(1, 40):
+            ((found, some),) = folder.nearest(query[None], k, effort=512)
+            assert found.tolist() == [row for _, row in sorted(zip(-some, found.tolist(), strict=True))], k
+            if kind != "ivf-pq":  # its codes are so coarse that it misses some rows, others for another k
+                assert found.tolist() == longest[:k].tolist(), k
+                assert some.tolist() == cosines[:k].tolist(), k
+
+
+def test_many_copies_at_the_end_of_the_answer(tmp_path):
+    vectors = np.concatenate([np.repeat(clustered(1, seed=3), 700, axis=0), clustered(300, seed=4)])
+    build_index(ORIGIN, blocks(range(1000), vectors), tmp_path / "idx", kind="flat")
+    folder = IndexFolder(tmp_path / "idx")
+    for k in (1, 2, 10, 699, 700, 701, 1000, 2000):
+        ((found, _),) = folder.nearest(vectors[:1], k)
+        assert found[:700].tolist() == list(range(min(k, 700))), k
+        assert len(set(found.tolist())) == min(k, 1000)
+
+
 # --- what is refused
+
+
+def test_any_flipped_bit_of_an_index_is_found(built, tmp_path):
+    shutil.copytree(built["ivf-sq8"][0], tmp_path / "idx")
+    for file in sorted((tmp_path / "idx").iterdir()):
+        content = file.read_bytes()
+        for place in range(0, 8 * len(content), 17 if file.name == "manifest.json" else 8 * len(content) // 5):
+            damaged = bytearray(content)
+            damaged[place // 8] ^= 1 << place % 8
+            file.write_bytes(damaged)
+            with pytest.raises(ValueError, match="is damaged"):
+                IndexFolder(tmp_path / "idx")
+        file.write_bytes(content)
+    assert len(IndexFolder(tmp_path / "idx")) == 2000
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": None},
+        {"files": {"rows.parquet": {}}},
+        {"files": {"rows.parquet": 7}},
+        {"origin": None},
+        {"origin": {"model": "m"}},
+        {"kind": "tree"},
+        {"effort": "much"},
+        {"files": ...},
+        {"origin": ...},
+        {"kind": ...},
+        {"effort": ...},
+        {"trained": ...},
+    ],
+)
+def test_a_manifest_without_a_checksum_is_read_and_its_damage_is_one_error(built, tmp_path, change):
+    shutil.copytree(built["flat"][0], tmp_path / "idx")
+    manifest = json.loads((tmp_path / "idx" / "manifest.json").read_text())
+    del manifest["checksum"]
+    (tmp_path / "idx" / "manifest.json").write_text(json.dumps(manifest | {"version": 1}))
+    assert len(IndexFolder(tmp_path / "idx")) == 2000
+    changed = {name: value for name, value in (manifest | {"version": 1} | change).items() if value is not ...}
+    (tmp_path / "idx" / "manifest.json").write_text(json.dumps(changed))
+    with pytest.raises(ValueError, match="is damaged"):
+        IndexFolder(tmp_path / "idx")
+    (tmp_path / "idx" / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(ValueError, match=r"is damaged.*nested too deeply"):
+        IndexFolder(tmp_path / "idx")
 
 
 def test_nothing_to_index(tmp_path):
@@ -286,7 +370,7 @@ def test_a_damaged_manifest_and_a_later_version(built, tmp_path):
     path = tmp_path / "idx"
     shutil.copytree(built["flat"][0], path)
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
+    write_sealed_json(path / "manifest.json", manifest | {"version": 99})
     with pytest.raises(ValueError, match="version 99"):
         IndexFolder(path)
     (path / "manifest.json").write_text(json.dumps(manifest)[:-5])

@@ -12,9 +12,9 @@ pytest.importorskip("pyarrow")
 import siglip_hf
 from search_data import rows
 from siglip_hf.search import query as query_module
+from siglip_hf.search.backend import Origin, glob_to_regex
 from siglip_hf.search.build import build_index
-from siglip_hf.search.index import Origin
-from siglip_hf.search.query import NOT_WEIGHT, Query, SearchIndex, glob_to_regex, load_embedder
+from siglip_hf.search.query import NOT_WEIGHT, Query, SearchIndex, load_embedder
 
 AXES = np.eye(4, dtype=np.float32)
 

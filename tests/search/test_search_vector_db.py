@@ -8,9 +8,9 @@ pytest.importorskip("pyarrow")
 
 from search_data import DIMENSION, clustered
 from siglip_hf.data.store import EmbeddingStore, EmbeddingWriter, Manifest
-from siglip_hf.search.index_source import index_embeddings
+from siglip_hf.search.index_source import export_source, index_embeddings
 from siglip_hf.search.query import SearchIndex
-from siglip_hf.search.vector_db import export_source, open_table
+from siglip_hf.search.vector_db import open_table
 
 VECTORS = clustered(60, centres=60)
 PACKAGES = {"lancedb": "lancedb", "qdrant": "qdrant_client"}
@@ -23,7 +23,7 @@ class Pictures:
         return np.stack(pictures)
 
 
-def write_embeddings(folder, numbers, *, changed=(), model_sha256="0" * 64):
+def write_embeddings(folder, numbers, *, changed=(), model_sha256="0" * 64, vectors=VECTORS):
     """A folder of embeddings with a row for each number."""
     manifest = Manifest("image", "a model", model_sha256, {}, DIMENSION, "float32", "float32")
     with EmbeddingWriter(folder, manifest) as writer:
@@ -37,7 +37,7 @@ def write_embeddings(folder, numbers, *, changed=(), model_sha256="0" * 64):
             }
             for n in numbers
         ]
-        writer.append(rows, np.stack([VECTORS[n] for n in numbers]))
+        writer.append(rows, np.stack([vectors[n] for n in numbers]))
         writer.finish()
     return str(folder)
 
@@ -88,6 +88,20 @@ def test_a_table_is_updated_or_replaced_but_not_by_accident(database, tmp_path):
     table = opened(f"{database}:{place}")
     assert {hit.id for hit in table.search(image=VECTORS[0])} == {"it's 0.png", "it's 1.png"}
     table.backend.close()
+
+
+def test_copies_keep_their_order_whatever_k(database, tmp_path):
+    folder = write_embeddings(tmp_path / "a", range(60), vectors=np.repeat(clustered(12, seed=5), 5, axis=0))
+    export_source([folder], database, f"{tmp_path}/db/pictures")
+    table = open_table(f"{database}:{tmp_path}/db/pictures")
+    for query in clustered(3, seed=6):
+        (longest,) = table.neighbours(query[None], 60, None)
+        names = longest.rows["id"].to_pylist()
+        assert all(names[i : i + 5] == sorted(names[i : i + 5]) for i in range(0, 60, 5))
+        for k in range(1, 60, 7):
+            (found,) = table.neighbours(query[None], k, None)
+            assert found.rows["id"].to_pylist() == names[:k], k
+    table.close()
 
 
 def test_tables_that_are_not_there(database, tmp_path):

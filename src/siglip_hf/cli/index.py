@@ -69,7 +69,7 @@ def index(
             progress.update(task, completed=done, total=total)
 
         if to is not None:
-            from siglip_hf.search.vector_db import export_source
+            from siglip_hf.search.index_source import export_source
 
             exported = export_source(source, to, out, on_embedded=on_embedded, **options)
             errors, unused, name = exported.errors, exported.unused, f"{to}:{out}"

@@ -13,6 +13,7 @@ import pickle
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from siglip_hf.data.items import Batch, Item, embed_items
 from siglip_hf.extras import missing
 
 if TYPE_CHECKING:

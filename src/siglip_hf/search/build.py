@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from siglip_hf.files import check_output_folder, clear_remains, new_folder, only_run, write_json
+from siglip_hf.files import check_output_folder, clear_remains, new_folder, only_run, write_sealed_json
 from siglip_hf.search import kinds as faiss_kinds
+from siglip_hf.search.backend import Origin, check_same_origin
 from siglip_hf.search.index import (
     FORMAT,
     INDEX,
@@ -21,8 +22,6 @@ from siglip_hf.search.index import (
     VECTORS,
     VERSION,
     IndexFolder,
-    Origin,
-    check_same_origin,
     file_entry,
     is_index,
     read_manifest,
@@ -210,7 +209,7 @@ def _write_vectors(folder: Path, origin: Origin, blocks: Blocks, old: IndexFolde
                 table, vectors, lengths = table.filter(pa.array(usable)), vectors[usable], lengths[usable]
                 skipped += int((~usable).sum())
             halves = (vectors / lengths[:, None]).astype(np.float16)
-            halves.tofile(file)
+            file.write(halves)  # which, unlike `tofile`, says when the disk is full
             before = np.array([old_rows.get(name, -1) for name in table["id"].to_pylist()], np.int64)
             keys = np.full(len(before), -1, np.int64)
             if old is not None:
@@ -240,7 +239,7 @@ def _write_index(folder: Path, index: Any) -> None:
 
 
 def _write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    write_json(folder / MANIFEST, manifest)
+    write_sealed_json(folder / MANIFEST, dict(manifest))
 
 
 def _blocks_of(folder: Path, dimension: int, keys: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

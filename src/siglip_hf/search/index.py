@@ -9,38 +9,21 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from siglip_hf.files import parse_json, sha256_of_files
+from siglip_hf.files import read_sealed_json, sha256_of_files
 from siglip_hf.search import kinds as faiss_kinds
-from siglip_hf.search.kinds import OVERSAMPLE
+from siglip_hf.search.backend import ROUNDING, Neighbours, Origin, exact_cosines, glob_to_regex
+from siglip_hf.search.kinds import KINDS, OVERSAMPLE
 
-FORMAT, VERSION = "siglip_hf index", 1
+FORMAT, VERSION = "siglip_hf index", 2  # version 1 had no checksum of the manifest; it is still read
 MANIFEST, INDEX, ROWS, VECTORS = "manifest.json", "index.faiss", "rows.parquet", "vectors.f16"
 
 #: Columns of `rows.parquet`; `key` is what FAISS knows the row by.
 ROW_COLUMNS = ("id", "path", "width", "height", "sha256", "text", "key")
-
-
-@dataclass(frozen=True)
-class Origin:
-    """What the vectors are: a query must come from the same.
-
-    Attributes:
-        model: the checkpoint, a folder or a name, as it was given.
-        model_sha256: SHA-256 of its weights.
-        dimension: length of a vector.
-        content: what was embedded, "image" or "text".
-    """
-
-    model: str
-    model_sha256: str
-    dimension: int
-    content: str
 
 
 class IndexFolder:
@@ -70,19 +53,22 @@ class IndexFolder:
         """
         self.path = Path(path)
         self.manifest = read_manifest(self.path)
-        _check_files(self.path, self.manifest["files"], verify)
         faiss = faiss_kinds.import_faiss()
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
+            _check_files(self.path, self.manifest["files"], verify)
             self.origin = Origin(**self.manifest["origin"])
             self.kind: str = self.manifest["kind"]
             self.effort: int | None = self.manifest["effort"]
             self.rows = pq.read_table(self.path / ROWS, memory_map=False)
             self.keys = self.rows["key"].to_numpy()
             self.index = faiss.read_index(str(self.path / INDEX))
-        except (KeyError, TypeError, OSError, RuntimeError) as error:
-            raise _damaged(self.path, str(error)) from error
+            if self.kind not in KINDS or not isinstance(self.effort, int | None) or "trained" not in self.manifest:
+                raise TypeError(f"kind {self.kind!r} and effort {self.effort!r} are not known")
+        except (KeyError, TypeError, AttributeError, OSError, RuntimeError, pa.ArrowException) as error:
+            raise _damaged(self.path, f"{type(error).__name__}: {error}") from error
         shape = (len(self.keys), self.origin.dimension)
         if self.index.d != shape[1] or (self.path / VECTORS).stat().st_size != 2 * shape[0] * shape[1]:
             raise _damaged(self.path, f"its files are not all for {shape[0]} vectors of {shape[1]} numbers")
@@ -117,21 +103,59 @@ class IndexFolder:
         queries = np.ascontiguousarray(queries, np.float32)
         if among is not None and len(among) <= faiss_kinds.FLAT_LIMIT:
             return [self._ranked(query, among, k) for query in queries]
+        if not len(self):
+            return [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in queries]
         allowed = None
         if among is not None:
             allowed = np.sort(self.keys[among])
         elif self.index.ntotal != len(self):  # a graph still holds what was removed
             allowed = self._sorted_keys
         # As many for one answer as for ten, or the first answer would be less sure than the first of ten.
-        wanted = min(len(self), k if self.kind == "flat" else max(k, 10) * OVERSAMPLE[self.kind])
-        if not wanted:
-            return [(np.empty(0, np.int64), np.empty(0, np.float32)) for _ in queries]
+        wanted = k + 1 if self.kind == "flat" else max(k + 1, 10) * OVERSAMPLE[self.kind]
+        found: dict[int, np.ndarray] = {}
+        left = np.arange(len(queries))
+        while len(left):
+            wanted = min(wanted, len(self))
+            products, keys = self._search(queries[left], wanted, effort, allowed)
+            # Where equal rows lie on both sides of the end, which ones come back is chance: then more are asked for.
+            cut = (products[:, -1] >= products[:, min(k, wanted) - 1] - ROUNDING) & (keys[:, -1] >= 0)
+            cut &= wanted < len(self)
+            rows = self.positions(keys)
+            found.update((number, rows[i]) for i, number in enumerate(left.tolist()) if not cut[i])
+            left, wanted = left[cut], 4 * wanted
+        return [self._ranked(query, found[i][found[i] >= 0], k) for i, query in enumerate(queries)]
+
+    def _search(
+        self, queries: np.ndarray, wanted: int, effort: int | None, allowed: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
         effort = self.effort if effort is None else effort
         if self.kind == "hnsw":
             effort = max(effort or 0, wanted)  # a graph search keeps no more candidates than its effort
-        _, keys = faiss_kinds.search(self.index, self.kind, queries, wanted, effort, allowed)
-        rows = self.positions(keys)
-        return [self._ranked(query, found[found >= 0], k) for query, found in zip(queries, rows, strict=True)]
+        return faiss_kinds.search(self.index, self.kind, queries, wanted, effort, allowed)
+
+    def neighbours(self, queries: np.ndarray, k: int, path_filter: str | None) -> list[Neighbours]:
+        """As in `Backend`."""
+        among = None if path_filter is None else self.matching(path_filter)
+        columns = self.rows.select(["id", "path", "text"])
+        return [
+            Neighbours(columns.take(rows), np.asarray(self.vectors[rows], np.float32))
+            for rows, _ in self.nearest(queries, k, among)
+        ]
+
+    def matching(self, pattern: str) -> np.ndarray:
+        """Numbers of the rows whose path or id matches a pattern with `*`, `?` and `[...]`."""
+        import pyarrow.compute as pc
+
+        expression = glob_to_regex(pattern)
+        matches = [
+            pc.fill_null(pc.match_substring_regex(self.rows[name], expression), False) for name in ("path", "id")
+        ]
+        return np.flatnonzero(pc.or_(*matches).to_numpy())
+
+    def sample(self, count: int) -> np.ndarray:
+        """As in `Backend`: rows at equal distances."""
+        rows = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64))
+        return np.asarray(self.vectors[rows], np.float32)
 
     def within(self, queries: np.ndarray, least: float) -> list[tuple[np.ndarray, np.ndarray]]:
         """All rows with a cosine of at least `least` for each query, best first; as exact as the index is."""
@@ -147,7 +171,12 @@ class IndexFolder:
 
     def _ranked(self, query: np.ndarray, rows: np.ndarray, k: int | None) -> tuple[np.ndarray, np.ndarray]:
         rows = np.sort(rows)  # the file is read forwards, and equal cosines keep the order of the rows
-        cosines = np.asarray(self.vectors[rows], np.float32) @ query
+        vectors = np.asarray(self.vectors[rows], np.float32)
+        if k is not None and k < len(rows):
+            rough = vectors @ query
+            near = rough >= np.partition(rough, -k)[-k] - ROUNDING
+            rows, vectors = rows[near], vectors[near]
+        cosines = exact_cosines(vectors, query)
         best = np.argsort(-cosines, kind="stable")[:k]
         return rows[best], cosines[best]
 
@@ -162,46 +191,27 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such folder; make an index with `siglip-hf index`")
     try:
-        manifest = parse_json((folder / MANIFEST).read_bytes())
-        is_ours = manifest.get("format") == FORMAT
-    except (OSError, ValueError, AttributeError):
-        is_ours, manifest = False, {}
+        manifest = read_sealed_json(folder / MANIFEST)
+        is_ours, problem = manifest.get("format") == FORMAT, f"its {MANIFEST} is that of something else"
+    except (OSError, ValueError) as error:
+        is_ours, manifest, problem = False, {}, f"its {MANIFEST} cannot be read: {error}"
     if not is_ours:
         if (folder / INDEX).exists() and (folder / ROWS).exists():
-            raise _damaged(folder, f"its {MANIFEST} cannot be read")
+            raise _damaged(folder, problem)
         raise ValueError(f"{folder} is no index of this package; make one with `siglip-hf index`.")
-    if manifest.get("version") != VERSION:
+    if manifest.get("version") not in (1, VERSION):
         raise ValueError(
             f"{folder} is an index of version {manifest.get('version')}, and this package reads version {VERSION}; "
             "build it anew with `siglip-hf index`, or update the package."
         )
+    if manifest["version"] != 1 and "checksum" not in manifest:
+        raise _damaged(folder, f"the checksum of its {MANIFEST} is missing")
     return manifest
 
 
 def is_index(folder: Path) -> bool:
     """Whether a folder is one that `build_index` made, sound or not."""
     return (folder / INDEX).is_file() and (folder / MANIFEST).is_file()
-
-
-def check_same_origin(first: Origin, second: Origin, first_name: str, second_name: str) -> None:
-    """Refuses vectors that cannot be compared.
-
-    Raises:
-        ValueError: naming what differs.
-    """
-    if first.dimension != second.dimension:
-        raise ValueError(
-            f"{first_name} has vectors of {first.dimension} numbers and {second_name} of {second.dimension}: they are "
-            "of different models. Build it anew, or use the model it was made with."
-        )
-    if first.model_sha256 != second.model_sha256:
-        raise ValueError(
-            f"{first_name} was made with {first.model} ({first.model_sha256[:12]}) and {second_name} with "
-            f"{second.model} ({second.model_sha256[:12]}): vectors of different weights cannot be compared. Build it "
-            "anew, or use the model it was made with."
-        )
-    if first.content != second.content:
-        raise ValueError(f"{first_name} holds {first.content}s and {second_name} {second.content}s; keep them apart.")
 
 
 def file_entry(path: Path) -> dict[str, Any]:

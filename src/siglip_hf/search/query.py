@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from siglip_hf.search.index import IndexFolder, Origin
+from siglip_hf.search.backend import Backend, Neighbours, Origin, exact_cosines
+from siglip_hf.search.index import IndexFolder
 
 if TYPE_CHECKING:
-    import pyarrow as pa
-
     from siglip_hf.data.embedder import SiglipEmbedder
 
 #: How much the text of `not_text` counts, beside 1 for what is asked for: enough to push it down, and not so much that
@@ -69,52 +67,6 @@ class Hit:
     text: str | None = None
 
 
-@dataclass(frozen=True)
-class Neighbours:
-    """Rows near a query, best first: a table with `id`, `path` and `text`, and their vectors (n, dimension) float32."""
-
-    rows: pa.Table
-    vectors: np.ndarray
-
-
-class Backend(Protocol):
-    """Where the vectors are: an index folder, or a table of a vector database."""
-
-    origin: Origin
-
-    def __len__(self) -> int: ...
-
-    def neighbours(self, queries: np.ndarray, k: int, path_filter: str | None) -> list[Neighbours]:
-        """The k nearest rows of each query (q, dimension), among those whose path or id matches a pattern."""
-        ...
-
-    def sample(self, count: int) -> np.ndarray:
-        """About so many of the vectors, (n, dimension) float32."""
-        ...
-
-
-class FolderBackend:
-    """An index folder (see `IndexFolder`)."""
-
-    def __init__(self, folder: IndexFolder) -> None:
-        self.folder, self.origin = folder, folder.origin
-
-    def __len__(self) -> int:
-        return len(self.folder)
-
-    def neighbours(self, queries: np.ndarray, k: int, path_filter: str | None) -> list[Neighbours]:
-        among = None if path_filter is None else matching_rows(self.folder.rows, path_filter)
-        columns = self.folder.rows.select(["id", "path", "text"])
-        return [
-            Neighbours(columns.take(rows), np.asarray(self.folder.vectors[rows], np.float32))
-            for rows, _ in self.folder.nearest(queries, k, among)
-        ]
-
-    def sample(self, count: int) -> np.ndarray:
-        rows = np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(np.int64))
-        return np.asarray(self.folder.vectors[rows], np.float32)
-
-
 class SearchIndex:
     """An index that can be asked.
 
@@ -156,10 +108,10 @@ class SearchIndex:
         """
         name = os.fspath(path)
         if name.startswith(("lancedb:", "qdrant:")):
-            from siglip_hf.search.vector_db import open_table
+            from siglip_hf.search.vector_db import open_table  # needs the extra of its database
 
             return cls(open_table(name), model=model, device=device)
-        return cls(FolderBackend(IndexFolder(path, verify=verify)), model=model, device=device)
+        return cls(IndexFolder(path, verify=verify), model=model, device=device)
 
     def __len__(self) -> int:
         """Rows that can be found."""
@@ -269,10 +221,10 @@ class SearchIndex:
         return texts[query.text] if query.text else None
 
     def _hits(self, near: Neighbours, vector: np.ndarray, other_side: np.ndarray | None) -> list[Hit]:
-        cosines = near.vectors @ vector  # (n,)
+        cosines = exact_cosines(near.vectors, vector)  # (n,)
         probabilities: list[float | None] = [None] * len(cosines)
         if other_side is not None:
-            probabilities = self.embedder.probability(near.vectors @ other_side).tolist()
+            probabilities = self.embedder.probability(exact_cosines(near.vectors, other_side)).tolist()
         names = (near.rows[name].to_pylist() for name in ("id", "path", "text"))
         return [
             Hit(id_, path, float(cosine), probability, text)
@@ -307,24 +259,3 @@ def load_embedder(origin: Origin, model: str | None = None, device: str | None =
             "(--model), or build the index anew."
         )
     return embedder
-
-
-def matching_rows(rows: pa.Table, pattern: str) -> np.ndarray:
-    """Numbers of the rows whose path or id matches a pattern with `*`, `?` and `[...]`."""
-    import pyarrow.compute as pc
-
-    expression = glob_to_regex(pattern)
-    matches = [pc.fill_null(pc.match_substring_regex(rows[name], expression), False) for name in ("path", "id")]
-    return np.flatnonzero(pc.or_(*matches).to_numpy())
-
-
-def glob_to_regex(pattern: str) -> str:
-    """A regular expression for the whole text that Python, Arrow and Rust read alike; `*` also stands for slashes."""
-    parts = []
-    for piece in re.findall(r"\[!?\]?[^\]]*\]|.", pattern, re.DOTALL):
-        if len(piece) > 1:
-            inside = piece[1:-1].replace("\\", "\\\\")
-            parts.append(f"[^{inside[1:]}]" if inside.startswith("!") else f"[{inside}]")
-        else:
-            parts.append({"*": ".*", "?": "."}.get(piece) or re.escape(piece))
-    return f"(?s)^{''.join(parts)}$"

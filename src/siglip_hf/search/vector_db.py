@@ -9,58 +9,29 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from siglip_hf.extras import missing
-from siglip_hf.search.index import Origin, check_same_origin
-from siglip_hf.search.index_source import embedded, origin_of
-from siglip_hf.search.query import Neighbours, glob_to_regex
+from siglip_hf.search.backend import Backend, Neighbours, Origin, glob_to_regex, nearest_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-_COLUMNS = ("id", "path", "width", "height", "sha256", "text")
+COLUMNS = ("id", "path", "width", "height", "sha256", "text")
 _METADATA = "siglip_hf"  # the name under which a table keeps its origin
-_BATCH = 1000  # rows written or removed at a time
+BATCH = 1000  # rows written or removed at a time
 #: Rows from which a LanceDB table gets an index of its own; Qdrant makes its graph by itself.
 _LANCE_INDEX_ROWS = 100_000
 
 
-@dataclass
-class Exported:
-    """What went to a database.
-
-    Attributes:
-        embeddings: the folder of embeddings.
-        count: rows in the table.
-        added: rows written in this run, new or changed.
-        removed: rows that were there and are gone.
-        errors: id and error of each picture that has no embedding.
-        unused: entries of the source that hold nothing to embed, a line each.
-    """
-
-    embeddings: Path
-    count: int
-    added: int
-    removed: int
-    errors: list[tuple[str, str]] = field(default_factory=list)
-    unused: list[str] = field(default_factory=list)
-
-
-class Table(Protocol):
-    """A table that can be searched (see `query.Backend`) and written."""
-
-    origin: Origin
-
-    def __len__(self) -> int: ...
-    def neighbours(self, queries: np.ndarray, k: int, path_filter: str | None) -> list[Neighbours]: ...
-    def sample(self, count: int) -> np.ndarray: ...
+class Table(Backend, Protocol):
+    """A table that can be searched and written."""
 
     def hashes(self) -> dict[str, str | None]:
         """SHA-256 of the content of each row by its id."""
@@ -90,7 +61,7 @@ def open_table(name: str) -> Table:
         ValueError: if the name is none, or the table is not of this package.
     """
     to, _, place = name.partition(":")
-    kind, database, table = _parsed(to, place)
+    kind, database, table = table_of(to, place)
     if "://" not in database and not os.path.isdir(database):
         raise FileNotFoundError(f"{database}: no such database; fill one with `siglip-hf index SOURCE --to {to}`")
     found = kind.open(database, table)
@@ -99,85 +70,12 @@ def open_table(name: str) -> Table:
     return found
 
 
-def export_source(
-    sources: Sequence[str],
-    to: str,
-    place: str,
-    *,
-    embeddings: str | os.PathLike[str] | None = None,
-    model: str | None = None,
-    batch_size: int = 64,
-    device: str | None = None,
-    overwrite: bool = False,
-    update: bool = False,
-    on_embedded: Callable[[int, int], None] = lambda done, total: None,
-) -> Exported:
-    """Fills a table of a database with the vectors of a source.
-
-    Args:
-        sources: one folder of embeddings, or pictures and texts as `open_source` takes them, which are embedded first.
-        to: "lancedb" or "qdrant".
-        place: DATABASE/TABLE.
-        embeddings: where embeddings of a source go; "DATABASE/TABLE.embeddings" by default, if that is a folder.
-        model, batch_size, device: for embedding.
-        overwrite: replace a table that is there.
-        update: write only rows that are new or whose file has changed, and remove those that are gone.
-        on_embedded: called with the rows embedded and the rows to embed.
+def table_of(to: str, place: str) -> tuple[Any, str, str]:
+    """The class, the database and the table that "lancedb" or "qdrant" and "DATABASE/TABLE" name.
 
     Raises:
-        ImportError: naming the extra to install.
-        ValueError: if the table is there and neither `overwrite` nor `update` is given, if it holds vectors of another
-            model, or if there is nothing to write.
+        ValueError: if they name none.
     """
-    if overwrite and update:
-        raise ValueError("overwrite and update are both asked for; a table is either filled anew or updated.")
-    kind, database, name = _parsed(to, place)
-    if embeddings is None and "://" in database:
-        embeddings = f"{name}.embeddings"
-    store, errors, unused = embedded(
-        sources, embeddings or f"{place}.embeddings", model, batch_size, device, on_embedded
-    )
-    if not len(store):
-        raise ValueError(f"there is nothing to write: no row of {store.path} has an embedding.")
-    origin = origin_of(store)
-    table = kind.open(database, name)
-    try:
-        if table is not None and not (overwrite or update):
-            raise ValueError(f"{to}:{place} is there; update it (--update) or replace it (--overwrite).")
-        if table is not None and update:
-            check_same_origin(table.origin, origin, f"{to}:{place}", "the embeddings")
-        else:
-            if table is not None:
-                table.close()
-            table = kind.create(database, name, origin)
-        result = Exported(store.path, 0, 0, 0, errors, unused)
-        before = table.hashes() if update else {}
-        seen: set[str] = set()
-        for rows, vectors in store.iter_batches(_COLUMNS):
-            ids, hashes = rows["id"].to_pylist(), rows["sha256"].to_pylist()
-            seen.update(ids)
-            changed = np.array(
-                [now is None or before.get(id_) != now for id_, now in zip(ids, hashes, strict=True)], bool
-            )
-            for start in range(0, len(ids), _BATCH):
-                chosen = np.flatnonzero(changed[start : start + _BATCH]) + start
-                if len(chosen):
-                    units = vectors[chosen] / np.linalg.norm(vectors[chosen], axis=1, keepdims=True)
-                    table.write(rows.take(chosen), units)
-                    result.added += len(chosen)
-        gone = [id_ for id_ in before if id_ not in seen]
-        for start in range(0, len(gone), _BATCH):
-            table.remove(gone[start : start + _BATCH])
-        result.removed = len(gone)
-        table.finish()
-        result.count = len(table)
-        return result
-    finally:
-        if table is not None:
-            table.close()
-
-
-def _parsed(to: str, place: str) -> tuple[Any, str, str]:
     kinds = {"lancedb": LanceTable, "qdrant": QdrantTable}
     database, _, table = place.rstrip("/").rpartition("/")
     if to not in kinds:
@@ -223,7 +121,7 @@ class LanceTable:
         import pyarrow as pa
 
         kinds = {"width": pa.int32(), "height": pa.int32()}
-        columns = [pa.field(column, kinds.get(column, pa.string())) for column in _COLUMNS]
+        columns = [pa.field(column, kinds.get(column, pa.string())) for column in COLUMNS]
         vector = pa.field("vector", pa.list_(pa.float32(), origin.dimension))
         schema = pa.schema([*columns, vector], metadata={_METADATA: json.dumps(asdict(origin))})
         return cls(cls._connect(database).create_table(name, schema=schema, mode="overwrite"), origin)
@@ -259,12 +157,19 @@ class LanceTable:
         if path_filter is not None:
             pattern = _sql(glob_to_regex(path_filter))
             where = f"regexp_like(path, {pattern}) OR regexp_like(id, {pattern})"
-        results = []
-        for query in queries:
+        return [self._nearest(query, k, where) for query in queries]
+
+    def _nearest(self, query: np.ndarray, k: int, where: str | None) -> Neighbours:
+        found: list[Neighbours] = []
+
+        def fetch(limit: int) -> tuple[np.ndarray, np.ndarray]:
             search = self.table.search(query, vector_column_name="vector").distance_type("dot").refine_factor(10)
             search = search if where is None else search.where(where, prefilter=True)
-            results.append(self._neighbours(search.limit(k).select([*_COLUMNS, "vector", "_distance"]).to_arrow()))
-        return results
+            found[:] = [self._neighbours(search.limit(limit).select([*COLUMNS, "vector", "_distance"]).to_arrow())]
+            return np.array(found[0].rows["id"].to_pylist()), found[0].vectors
+
+        best = nearest_of(fetch, query, k)
+        return Neighbours(found[0].rows.take(best), found[0].vectors[best])
 
     def sample(self, count: int) -> np.ndarray:
         return self._neighbours(self.table.head(count)).vectors
@@ -354,31 +259,38 @@ class QdrantTable:
         offset = None
         while True:
             points, offset = self.client.scroll(
-                self.name, limit=_BATCH, offset=offset, with_payload=["id", "sha256"], with_vectors=False
+                self.name, limit=BATCH, offset=offset, with_payload=["id", "sha256"], with_vectors=False
             )
             yield from (point.payload for point in points)
             if offset is None:
                 return
 
     def neighbours(self, queries: np.ndarray, k: int, path_filter: str | None) -> list[Neighbours]:
-        return [self._nearest(query.tolist(), k, path_filter) for query in queries]
-
-    def _nearest(self, query: list[float], k: int, path_filter: str | None) -> Neighbours:
-        # Qdrant has no patterns: more and more are asked for until enough of them match.
-        import re
-
         pattern = None if path_filter is None else re.compile(glob_to_regex(path_filter))
-        limit, count = k, len(self)
-        while True:
-            found = self.client.query_points(self.name, query=query, limit=limit, with_vectors=True).points
-            matching = [
-                point
-                for point in found
-                if pattern is None or any(pattern.match(point.payload[name] or "") for name in ("path", "id"))
-            ]
-            if len(matching) >= k or limit >= count:
-                return self._neighbours(matching[:k])
-            limit = min(4 * limit + 100, count)
+        return [self._nearest(query, k, pattern) for query in queries]
+
+    def _nearest(self, query: np.ndarray, k: int, pattern: re.Pattern[str] | None) -> Neighbours:
+        found: list[Any] = []
+
+        def fetch(limit: int) -> tuple[np.ndarray, np.ndarray]:
+            # Qdrant has no patterns: more and more are asked for until enough of them match.
+            asked, count = limit, len(self)
+            while True:
+                points = self.client.query_points(
+                    self.name, query=query.tolist(), limit=asked, with_vectors=True
+                ).points
+                found[:] = [
+                    point
+                    for point in points
+                    if pattern is None or any(pattern.match(point.payload[name] or "") for name in ("path", "id"))
+                ][:limit]
+                if len(found) >= limit or asked >= count:
+                    break
+                asked = min(4 * asked + 100, count)
+            vectors = np.array([point.vector for point in found], np.float32).reshape(-1, self.origin.dimension)
+            return np.array([point.payload["id"] for point in found]), vectors
+
+        return self._neighbours([found[place] for place in nearest_of(fetch, query, k)])
 
     def sample(self, count: int) -> np.ndarray:
         points, _ = self.client.scroll(self.name, limit=count, with_vectors=True)
