@@ -56,22 +56,31 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def read_regular_file(path: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:
-    """The bytes of a regular file; of a FIFO or a device, reading might never end.
+    """The bytes of a regular file.
 
     Args:
         path: the file.
         most: bytes that it may have.
 
     Raises:
-        OSError: if it is missing, a folder, a FIFO or a device, larger than that, or cannot be read.
+        OSError: see `check_regular_file`; or if it cannot be read.
+    """
+    check_regular_file(path, most)
+    with open(path, "rb") as file:
+        return file.read(most + 1)[:most]
+
+
+def check_regular_file(path: str | os.PathLike[str], most: int = MOST_BYTES) -> None:
+    """Makes sure that a file can be read to its end; of a FIFO or a device, reading might never end.
+
+    Raises:
+        OSError: if it is missing, a folder, a FIFO or a device, or larger than `most` bytes.
     """
     found = os.stat(path)
     if not stat.S_ISREG(found.st_mode):
         raise OSError(f"it is a {'folder' if stat.S_ISDIR(found.st_mode) else 'FIFO, socket or device'}, not a file")
     if found.st_size > most:
         raise OSError(f"it has {found.st_size:,} bytes; at most {most:,} are read")
-    with open(path, "rb") as file:
-        return file.read(most + 1)[:most]
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

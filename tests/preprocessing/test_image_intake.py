@@ -4,14 +4,17 @@ import base64
 import functools
 import http.server
 import io
+import os
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from siglip_hf.files import MOST_BYTES
 from siglip_hf.preprocessing import image_intake
 from siglip_hf.preprocessing.image_intake import (
     PictureError,
@@ -19,6 +22,7 @@ from siglip_hf.preprocessing.image_intake import (
     load_picture,
     load_pictures,
     looks_like_picture_source,
+    read_bytes,
     read_picture,
 )
 
@@ -412,3 +416,49 @@ def test_strings_that_name_pictures(text):
 @pytest.mark.parametrize("text", ["a cat", "cat", "", "a photo of a dog. " * 10, "http is a protocol"])
 def test_strings_that_say_words(text):
     assert not looks_like_picture_source(text)
+
+
+# ---- what is no picture's file
+
+
+@pytest.fixture
+def special(tmp_path):
+    """A FIFO, a device, a folder and a file that is too large (it has a hole), by name."""
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "folder").mkdir()
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    names = {name: str(tmp_path / name) for name in ("fifo", "folder", "large")}
+    return {**names, "device": "/dev/zero"}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="has no FIFOs")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fifo", "FIFO, socket or device"),
+        ("device", "FIFO, socket or device"),
+        ("folder", "folder"),
+        ("large", "bytes"),
+    ],
+)
+@pytest.mark.parametrize("read", [load_picture, read_bytes])
+def test_only_regular_files_of_a_bounded_size_are_read(special, name, message, read):
+    for source in (special[name], Path(special[name]), {"path": special[name]}):
+        with pytest.raises(PictureError, match=message):
+            read(source)
+
+
+@pytest.mark.parametrize("name", ["pictures", "imgs", "holidays", "abcd" * 30, "missing.png", "no/such/folder"])
+@pytest.mark.parametrize("read", [load_picture, read_bytes])
+def test_a_missing_name_that_happens_to_be_base64(name, read):
+    with pytest.raises(PictureError, match="no such file or folder"):
+        read(name)
+
+
+def test_base64_of_a_picture_is_read_and_a_broken_one_named():
+    file = io.BytesIO()
+    Image.new("RGB", (5, 4), "red").save(file, "PNG")
+    assert load_picture(base64.b64encode(file.getvalue()).decode()).size == (5, 4)
+    with pytest.raises(PictureError, match=r"(?i)trunc|incomplete|broken"):
+        load_picture(base64.b64encode(file.getvalue()[:45]).decode())

@@ -451,3 +451,20 @@ def test_the_defaults_are_shared_and_not_shared_state():
     slow.size["height"] = 99
     assert SiglipImageProcessor().size["height"] == 224
     assert (slow.backend, fast.backend) == ("pil", "torch")
+
+
+@BOTH
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_std": [0.5, 0, 0.5]}, "image_std=.* cannot be divided by"),
+        ({"image_std": 0.0}, "cannot be divided by"),
+        ({"image_std": [float("nan")] * 3}, "cannot be divided by"),
+        ({"size": {"height": 30_000, "width": 30_000}}, "900,000,000 pixels"),
+        ({"size": {"shortest_edge": 30_000}}, "900,000,000 pixels"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_when_they_are_used(processor_class, options, message):
+    processor = processor_class(**options)  # other code may hold it, or correct it
+    with pytest.raises(ValueError, match=message):
+        processor(noise(9, 9))

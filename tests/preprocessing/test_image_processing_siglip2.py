@@ -172,3 +172,13 @@ def test_mistakes_are_refused(processor_class):
         processor(PICTURES[0], do_center_crop=True)
     with pytest.raises(ValueError, match="No pictures given"):
         processor([])
+
+
+@pytest.mark.parametrize("processor_class", OURS)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"image_std": [0, 0, 0]}, "cannot be divided by"), ({"max_num_patches": 10**7}, "2,560,000,000 pixels")],
+)
+def test_settings_that_cannot_be_are_named_when_they_are_used(processor_class, options, message):
+    with pytest.raises(ValueError, match=message):
+        processor_class(**options)(np.zeros((9, 9, 3), np.uint8))

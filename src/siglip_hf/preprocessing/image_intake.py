@@ -22,6 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 
+from siglip_hf.files import check_regular_file, read_regular_file
 from siglip_hf.parallel import PIXELS
 from siglip_hf.preprocessing.sequences import as_list
 
@@ -239,10 +240,7 @@ def read_bytes(source: Any, *, timeout: float | None = DEFAULT_TIMEOUT) -> bytes
     """
     try:
         file = _as_file(source, timeout)
-        if isinstance(file, str):
-            with open(file, "rb") as opened:
-                return opened.read()
-        return file.read()
+        return read_regular_file(file) if isinstance(file, str) else file.read()
     except (ValueError, OSError) as error:
         raise PictureError(_reason(error), _describe(source)) from error
 
@@ -254,7 +252,7 @@ def looks_like_picture_source(text: str) -> bool:
         return True
     if len(text) >= 64 and _BASE64.issuperset(text[:256]):
         return True
-    return text.lower().endswith(PICTURE_SUFFIXES) or _is_file(text)
+    return text.lower().endswith(PICTURE_SUFFIXES) or (_exists(text) and os.path.isfile(text))
 
 
 def _flatten(images: Any, keep_floats: bool) -> Iterator[Any]:
@@ -307,13 +305,27 @@ def _from_string(text: str, timeout: float | None) -> str | io.BytesIO:
     if text.startswith(("http://", "https://")):
         return io.BytesIO(_download(text, timeout))
     is_uri = text.startswith("data:")
-    if not is_uri and _is_file(text):
+    if not is_uri and _exists(text):
         return text
+    missing = "its data are not base64" if is_uri else "no such file or folder, and neither a URL nor base64 data"
     try:
-        return io.BytesIO(base64.b64decode(text.partition(",")[2] if is_uri else "".join(text.split()), validate=True))
+        content = base64.b64decode(text.partition(",")[2] if is_uri else "".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        what = "its data are not base64" if is_uri else "no such file, and neither a URL nor base64 data"
-        raise ValueError(what) from error
+        raise ValueError(missing) from error
+    if not is_uri and not _is_identified(content):  # many a name happens to be base64
+        raise ValueError(missing)
+    return io.BytesIO(content)
+
+
+def _is_identified(content: bytes) -> bool:
+    """Whether the bytes begin as a picture does; it may be broken nevertheless."""
+    try:
+        Image.open(io.BytesIO(content)).close()
+    except UnidentifiedImageError:
+        return False
+    except Exception:  # a broken header of a known format
+        return True
+    return True
 
 
 def _download(url: str, timeout: float | None) -> bytes:
@@ -328,17 +340,19 @@ def _download(url: str, timeout: float | None) -> bytes:
     return response.content
 
 
-def _is_file(text: str) -> bool:
+def _exists(text: str) -> bool:
     try:
-        return os.path.isfile(text)
+        return os.path.exists(text)
     except ValueError:  # an embedded null character
         return False
 
 
 def _open(file: Any, draft_to: int | None) -> Image.Image:
     """Opens a file, to be decoded by the first use; a very large JPEG at a reduced size."""
-    if isinstance(file, str) and not _is_file(file):
-        raise OSError("it is a folder, not a file" if os.path.isdir(file) else "no such file")
+    if isinstance(file, str):
+        if not _exists(file):
+            raise OSError("no such file or folder")
+        check_regular_file(file)
     try:
         image = Image.open(file)
         if draft_to is not None and image.width * image.height > LARGE_PIXELS and isinstance(image, JpegImageFile):

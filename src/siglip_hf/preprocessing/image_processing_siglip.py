@@ -6,11 +6,13 @@ without cropping. They and the arguments stand here once, for this class and for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from transformers.image_processing_backends import PilBackend
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_transforms import get_size_with_aspect_ratio
@@ -70,6 +72,10 @@ def value_scale(picture: Picture, do_rescale: bool, rescale_factor: float) -> fl
     if do_rescale:
         return rescale_factor
     return 1 / 255 if picture.unit_range and not picture.holds_floats else 1.0
+
+
+def _values(value: Any) -> Sequence[float]:
+    return [value] if isinstance(value, int | float) else value or ()
 
 
 class SiglipImageProcessorBase(BaseImageProcessor):
@@ -139,6 +145,24 @@ class SiglipImageProcessorBase(BaseImageProcessor):
             return super().preprocess(images, **given)
         except StrictDataclassError as error:  # the base class checks types with it; it is no ValueError
             raise ValueError(str(error)) from error
+
+    def _validate_preprocess_kwargs(self, **kwargs: Any) -> None:  # type: ignore[override]
+        if kwargs["do_normalize"] and not all(math.isfinite(value) and value for value in _values(kwargs["image_std"])):
+            raise ValueError(f"image_std={kwargs['image_std']} cannot be divided by; no value may be 0 or infinite.")
+        pixels = self._result_pixels(**kwargs) if kwargs["do_resize"] else 0
+        if Image.MAX_IMAGE_PIXELS is not None and pixels > 2 * Image.MAX_IMAGE_PIXELS:
+            raise ValueError(
+                f"pictures would become {pixels:,} pixels each, more than Pillow decodes. Correct "
+                f"size={kwargs['size']} or the budget of patches."
+            )
+        # The base class wants a size along with do_resize; NaFlex has none.
+        super()._validate_preprocess_kwargs(
+            **kwargs | {"do_resize": kwargs["do_resize"] and type(self).size is not None}
+        )
+
+    def _result_pixels(self, size: SizeDict | None = None, **kwargs: Any) -> int:
+        """Pixels that a square picture would have after resizing."""
+        return max((side for _, side in size or () if side), default=0) ** 2
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """Paths, URLs and base64 strings of any nesting as PIL images; everything else as it is."""

@@ -119,8 +119,10 @@ class Siglip2ImageProcessorBase(SiglipImageProcessorBase):
                 f"patch_size ({kwargs['patch_size']}) and max_num_patches ({kwargs['max_num_patches']}) must be at "
                 "least 1"
             )
-        # The base class wants a size along with do_resize; here the size follows from each picture.
-        super()._validate_preprocess_kwargs(**kwargs | {"do_resize": False})
+        super()._validate_preprocess_kwargs(**kwargs)
+
+    def _result_pixels(self, **kwargs: Any) -> int:
+        return kwargs["patch_size"] ** 2 * largest_budget(kwargs["max_num_patches"])
 
     def _prepare_image_like_inputs(  # type: ignore[override]
         self,
