@@ -1,6 +1,7 @@
 """NaFlex models against stock with the same weights, against themselves unpadded and packed, and saved both ways."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -265,8 +266,9 @@ def test_flash_attention_skips_the_padding():
 
 
 def test_packing_refuses_flash_attention():
+    config = SimpleNamespace(_attn_implementation="flash_attention_2")
     with pytest.raises(ValueError, match=r"packed=True needs .*eager, sdpa, flex_attention, not 'flash_attention_2'"):
-        Siglip2VisionModel._pack(torch.tensor(SHAPES), "flash_attention_2")
+        Siglip2VisionModel._pack(config, torch.tensor(SHAPES), None)
 
 
 def test_gradients_through_packing_equal_those_of_the_padded_batch():

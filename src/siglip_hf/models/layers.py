@@ -89,8 +89,7 @@ class _MultiHeadAttention(nn.Module):
         attn_implementation: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, S, D) queries over (B, T, D) keys and values -> (B, S, D), and weights if there are any."""
-        batch, length = query_states.shape[:2]
-        if length == 1 and self._can_fold(attention_mask, attn_implementation):
+        if query_states.shape[1] == 1 and self._can_fold(attention_mask, attn_implementation):
             return self._attend_with_one_query(query_states, key_value_states, attention_mask), None
         query = self._split_heads(self.q_proj(query_states))  # (B, H, S, D / H)
         key = self._split_heads(self.k_proj(key_value_states))  # (B, H, T, D / H)
@@ -108,14 +107,14 @@ class _MultiHeadAttention(nn.Module):
             scaling=self.scale,
             dropout=self.dropout if self.training else 0.0,
         )
-        output = output.reshape(batch, length, -1).contiguous()  # (B, S, H, D / H) -> (B, S, D)
-        return self.out_proj(output), weights
+        return self.out_proj(output.flatten(2).contiguous()), weights  # (B, S, H, D / H) -> (B, S, D)
 
     def _can_fold(self, attention_mask: torch.Tensor | None, attn_implementation: str | None) -> bool:
         """Whether `_attend_with_one_query` gives the same as the plain way."""
         return (
-            # With gradients not: the keys' bias would get none, which distributed training waits for.
-            not torch.is_grad_enabled()
+            # With gradients not: the keys' bias would get none, which distributed training waits for. A traced graph
+            # must not depend on the mode it was traced in: `torch.jit.trace` compares the graphs of both.
+            (not torch.is_grad_enabled() or torch.jit.is_tracing())
             and (attn_implementation or self.config._attn_implementation) == "sdpa"
             and (attention_mask is None or attention_mask.dtype == torch.bool)
             and is_plain_linear(self.k_proj)
@@ -139,7 +138,7 @@ class _MultiHeadAttention(nn.Module):
         scores = folded @ states.transpose(1, 2)  # (B, H, T)
         if attention_mask is not None:
             scores = scores.masked_fill(~attention_mask[:, :, 0], torch.finfo(scores.dtype).min)
-        weights = scores.softmax(dim=-1)
+        weights = scores.softmax(dim=-1, dtype=torch.float32).to(states.dtype)
         mean = (weights @ states).transpose(0, 1)  # (H, B, D)
         values = (mean @ value_weight.transpose(1, 2)).permute(1, 0, 2).flatten(1)  # (B, D)
         return self.out_proj(values + self.v_proj.bias).unsqueeze(1)
@@ -181,10 +180,14 @@ class SiglipPoolingAttention(_MultiHeadAttention):
         self.register_load_state_dict_pre_hook(_split_published)
 
     def forward(
-        self, probe: torch.Tensor, hidden_states: torch.Tensor, attn_implementation: str | None = None
+        self,
+        probe: torch.Tensor,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_implementation: str | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Maps a probe (B, 1, D) and image tokens (B, N, D) to (B, 1, D) and the weights (B, H, 1, N) if "eager"."""
-        return self._attend(probe, hidden_states, attn_implementation=attn_implementation)
+        return self._attend(probe, hidden_states, attention_mask, attn_implementation)
 
 
 def _split_published(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -201,7 +201,7 @@ class SiglipVisionEmbeddings(SiglipPreTrainedModel):
                 f"({'x'.join(map(str, self.config.patch_grid))} patches); resize it, or pass "
                 "interpolate_pos_encoding=True"
             )
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))  # (B, D, rows, columns)
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.bias.dtype))  # (B, D, rows, columns)
         tokens = patches.flatten(2).transpose(1, 2)  # (B, N, D)
         # A traced model must also interpolate where the example happened to have the usual size.
         if interpolate_pos_encoding and (tracing or grid != self.config.patch_grid):
@@ -257,7 +257,7 @@ class SiglipAttentionPoolingHead(SiglipPreTrainedModel):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Maps image tokens (B, N, D) to (B, D) and the attention weights (B, H, 1, N), which only "eager" has."""
         probe = self.probe.expand(hidden_states.shape[0], -1, -1)
-        pooled, weights = self.attention(probe, hidden_states, attn_implementation)  # (B, 1, D)
+        pooled, weights = self.attention(probe, hidden_states, attn_implementation=attn_implementation)  # (B, 1, D)
         pooled = pooled + self.mlp(self.layernorm(pooled))
         return pooled[:, 0], weights
 

@@ -16,6 +16,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from siglip_hf.models.configuration_siglip2 import Siglip2Config, Siglip2TextConfig, Siglip2VisionConfig
@@ -28,7 +29,7 @@ from siglip_hf.models.modeling_siglip import (
     SiglipTextModel,
     SiglipVisionModel,
 )
-from siglip_hf.models.naflex import Packing, pack, resized_positions
+from siglip_hf.models.naflex import Packing, pack, pack_masked, resized_positions
 from siglip_hf.models.outputs import SiglipOutput, SiglipPoolingOutput
 from siglip_hf.registration import register_siglip2_weight_conversions
 
@@ -80,8 +81,11 @@ class Siglip2VisionEmbeddings(nn.Module):
         Returns:
             (..., D).
         """
-        tokens = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype))
-        return tokens + resized_positions(self.position_embedding.weight, self.config.patch_grid, shapes, patch_ids)
+        tokens = self.patch_embedding(patches.to(self.patch_embedding.bias.dtype))
+        # By a call: the weight of an offloaded or sharded layer is only there while it runs.
+        table = self.position_embedding(torch.arange(self.num_patches, device=tokens.device))  # (rows * columns, D)
+        shapes, patch_ids = shapes.to(tokens.device), patch_ids.to(tokens.device)
+        return tokens + resized_positions(table, self.config.patch_grid, shapes, patch_ids)
 
 
 class Siglip2AttentionPoolingHead(SiglipAttentionPoolingHead):
@@ -104,8 +108,14 @@ class Siglip2AttentionPoolingHead(SiglipAttentionPoolingHead):
         """
         probe = self.probe.expand(hidden_states.shape[0], -1, -1)  # (B, 1, D)
         config = with_attention(self.config, attn_implementation)
-        mask: Any = create_bidirectional_mask(config, probe, attention_mask, encoder_hidden_states=hidden_states)
-        pooled, weights = self.attention._attend(probe, hidden_states, mask, attn_implementation)
+        mask: Any = create_bidirectional_mask(
+            config,
+            probe,
+            attention_mask,
+            encoder_hidden_states=hidden_states,
+            allow_is_bidirectional_skip=attention_mask is None,  # else it asks the mask, which waits for the device
+        )
+        pooled, weights = self.attention(probe, hidden_states, mask, attn_implementation)
         pooled = pooled + self.mlp(self.layernorm(pooled))
         return pooled[:, 0], weights
 
@@ -139,7 +149,7 @@ class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
         pixel_attention_mask: torch.Tensor | None = None,
         spatial_shapes: torch.Tensor | None = None,
         pool: bool = True,
-        packed: bool = False,
+        packed: bool | Packing = False,
         **kwargs,
     ) -> SiglipPoolingOutput:
         """Encodes pictures, which the image processors of NaFlex have cut into patches.
@@ -151,7 +161,8 @@ class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
             pool: Run the pooling head, if the model has one.
             packed: Let several pictures share a row of the batch, as many as fit in the length of the largest. Same
                 output, at the cost of the patches instead of the padded batch; `output_hidden_states` and
-                `output_attentions` then are those of the shared rows. Not for flash attention.
+                `output_attentions` then are those of the shared rows. Not for flash attention. Or how to pack them,
+                if that is known already.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
@@ -160,51 +171,54 @@ class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
         Raises:
             ValueError: If the shapes do not fit each other or the model; the message names them.
         """
-        self._check_inputs(pixel_values, spatial_shapes)
+        counts = self._check_inputs(pixel_values, spatial_shapes)
         assert spatial_shapes is not None
         wants_attentions = self._resolve_attentions(kwargs)
         implementation = kwargs.get("attn_implementation")
         config = with_attention(self.config, implementation)
-        spatial_shapes = spatial_shapes.to(pixel_values.device)
-        length = pixel_values.shape[1]
-        patch_ids = torch.arange(length, device=pixel_values.device)
+        length, device = pixel_values.shape[1], pixel_values.device
+        spatial_shapes = spatial_shapes.to(device, non_blocking=True)
+        patch_ids = torch.arange(length, device=device)
         is_patch = patch_ids < spatial_shapes.prod(dim=-1, keepdim=True)  # (B, N)
-        if pixel_attention_mask is None:
-            pixel_attention_mask = is_patch
+        patch_ids = torch.where(is_patch, patch_ids, 0)  # padding gets the position of the first patch, as in stock
+        shapes = spatial_shapes[:, None].expand(-1, length, -1)  # (B, N, 2)
 
-        if packed:
-            packing = self._pack(spatial_shapes, config._attn_implementation)
-            tokens = self.embeddings(
-                pixel_values[packing.pictures, packing.patches], spatial_shapes[packing.pictures], packing.patches
-            )  # (T, D)
+        if packed and len(pixel_values) > 0:
+            packing = packed
+            if not isinstance(packing, Packing):
+                packing = self._pack(config, spatial_shapes, pixel_attention_mask, counts)
+            tokens = self.embeddings(*map(packing.take, (pixel_values, shapes, patch_ids)))  # (T, D)
             hidden_states = packing.fill(tokens)  # (R, longest, D)
-            picture_ids = packing.picture_ids()
+            picture_ids = packing.picture_ids().to(tokens.device, non_blocking=True)
             mask = create_bidirectional_mask(
                 config,
                 hidden_states,
                 None,
-                # Places without a patch see each other, so that no softmax is over nothing.
+                # Places without a patch see each other: a softmax over nothing would be NaN.
                 and_mask_function=lambda row, head, query, key: picture_ids[row, query] == picture_ids[row, key],
             )
             hidden_states = self.post_layernorm(self.encoder(hidden_states, mask, **kwargs))
             hidden_states = packing.by_picture(hidden_states, length)  # (B, N, D)
+            padding = is_patch if pixel_attention_mask is None else pixel_attention_mask
         else:
-            shapes = spatial_shapes[:, None].expand(-1, length, -1)  # (B, N, 2)
-            # Padding gets the position of the first patch, as in stock.
-            hidden_states = self.embeddings(pixel_values, shapes, torch.where(is_patch, patch_ids, 0))  # (B, N, D)
-            mask = create_bidirectional_mask(config, hidden_states, pixel_attention_mask)
+            padding = self._padding(pixel_attention_mask, is_patch, counts)
+            hidden_states = self.embeddings(pixel_values, shapes, patch_ids)  # (B, N, D)
+            mask = create_bidirectional_mask(
+                config, hidden_states, padding, allow_is_bidirectional_skip=padding is None
+            )
             hidden_states = self.post_layernorm(self.encoder(hidden_states, mask, **kwargs))
 
         pooled, weights = None, None
         if self.use_head and pool:
-            pooled, weights = self.head(hidden_states, pixel_attention_mask, implementation)  # (B, D), (B, H, 1, N)
+            pooled, weights = self.head(hidden_states, padding, implementation)  # (B, D), (B, H, 1, N)
         return SiglipPoolingOutput(
             last_hidden_state=hidden_states,
             pooler_output=pooled,
             cross_attentions=(weights,) if wants_attentions and weights is not None else None,
         )
 
-    def _check_inputs(self, pixel_values: torch.Tensor | None, spatial_shapes: torch.Tensor | None) -> None:
+    def _check_inputs(self, pixel_values: torch.Tensor | None, spatial_shapes: torch.Tensor | None) -> list[int] | None:
+        """Returns the number of patches of each picture; None while a graph is traced, which knows no numbers."""
         if pixel_values is None or spatial_shapes is None:
             raise ValueError(
                 "the NaFlex vision tower needs pixel_values (B, N, P) and spatial_shapes (B, 2), as "
@@ -222,23 +236,42 @@ class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
                 f"spatial_shapes has shape {tuple(spatial_shapes.shape)}; expected ({pixel_values.shape[0]}, 2), the "
                 "rows and columns of each picture"
             )
-        if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            return
-        counts = spatial_shapes.prod(dim=-1)
-        if counts.min() < 1 or counts.max() > pixel_values.shape[1]:
+        if is_tracing(pixel_values):
+            return None
+        counts = spatial_shapes.cpu().prod(dim=-1).tolist()
+        if counts and not 1 <= min(counts) <= max(counts) <= pixel_values.shape[1]:
             raise ValueError(
-                f"spatial_shapes asks for {counts.min()} to {counts.max()} patches per picture, and pixel_values has "
+                f"spatial_shapes asks for {min(counts)} to {max(counts)} patches per picture, and pixel_values has "
                 f"room for 1 to {pixel_values.shape[1]}"
             )
+        return counts
 
     @staticmethod
-    def _pack(spatial_shapes: torch.Tensor, implementation: str | None) -> Packing:
-        if implementation not in PACKABLE_ATTENTION:
+    def _padding(
+        pixel_attention_mask: torch.Tensor | None, is_patch: torch.Tensor, counts: list[int] | None
+    ) -> torch.Tensor | None:
+        """The mask (B, N), or None where it masks nothing, so that the faster kernels without a mask can run."""
+        if counts is None:
+            return is_patch if pixel_attention_mask is None else pixel_attention_mask
+        if pixel_attention_mask is None:
+            return is_patch if min(counts, default=0) < is_patch.shape[1] else None
+        return None if pixel_attention_mask.all() else pixel_attention_mask
+
+    @staticmethod
+    def _pack(
+        config: Siglip2VisionConfig,
+        spatial_shapes: torch.Tensor,
+        pixel_attention_mask: torch.Tensor | None,
+        counts: list[int] | None = None,
+    ) -> Packing:
+        if config._attn_implementation not in PACKABLE_ATTENTION:
             raise ValueError(
                 f"packed=True needs one of the attention implementations {', '.join(PACKABLE_ATTENTION)}, not "
-                f"{implementation!r}"
+                f"{config._attn_implementation!r}"
             )
-        return pack(spatial_shapes.prod(dim=-1).tolist(), spatial_shapes.device)
+        if pixel_attention_mask is not None:
+            return pack_masked(pixel_attention_mask)
+        return pack(spatial_shapes.cpu().prod(dim=-1).tolist() if counts is None else counts)
 
 
 class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
@@ -290,18 +323,26 @@ class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
             return self._encode_pictures(pixel_values, normalize, packed, max_num_patches, max_tokens)
         if max_num_patches is not None:
             raise ValueError("max_num_patches is for a list of pictures; these are patches already")
-        if packed is None:
-            packed = self._packing_pays(pixel_values, spatial_shapes)
-        output = self.vision_model(pixel_values, pixel_attention_mask, spatial_shapes, packed=packed, return_dict=True)
+        if packed is None and spatial_shapes is not None:
+            spatial_shapes = spatial_shapes.cpu()  # read once, here and in the tower
+            packed = self._packing_if_it_pays(pixel_values, pixel_attention_mask, spatial_shapes)
+        output = self.vision_model(
+            pixel_values, pixel_attention_mask, spatial_shapes, packed=packed or False, return_dict=True
+        )
         return self._embeds(output.pooler_output, normalize)
 
-    def _packing_pays(self, pixel_values: torch.Tensor, spatial_shapes: torch.Tensor | None) -> bool:
-        if torch.compiler.is_compiling() or torch.jit.is_tracing() or spatial_shapes is None:
-            return False
-        if self.vision_model.config._attn_implementation not in PACKABLE_ATTENTION:
-            return False
-        packing = pack(spatial_shapes.prod(dim=-1).tolist())
-        return packing.rows * packing.length <= (1 - PACKING_GAIN) * pixel_values.shape[:2].numel()
+    def _packing_if_it_pays(
+        self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor | None, spatial_shapes: torch.Tensor
+    ) -> Packing | None:
+        tower = self.vision_model
+        if is_tracing(pixel_values) or tower.config._attn_implementation not in PACKABLE_ATTENTION:
+            return None
+        counts = tower._check_inputs(pixel_values, spatial_shapes)
+        if not counts:
+            return None
+        packing = tower._pack(tower.config, spatial_shapes, pixel_attention_mask, counts)
+        pays = packing.rows * packing.length <= (1 - PACKING_GAIN) * pixel_values.shape[:2].numel()
+        return packing if pays else None
 
     def _encode_pictures(
         self,
@@ -319,15 +360,15 @@ class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
         inputs = processor.preprocess(pictures, return_tensors="pt")
         counts = inputs["spatial_shapes"].prod(dim=-1)  # (M,)
         order = counts.argsort(descending=True, stable=True)
-        device = self.vision_model.embeddings.patch_embedding.weight.device
+        weight = self.vision_model.embeddings.patch_embedding.weight
+        device = torch.device("cpu") if weight.is_meta else weight.device  # offloaded layers fetch their inputs
         embeds = []
         for step in self._steps(order.tolist(), counts.tolist(), max_tokens):
             longest = int(counts[step[0]])
             patches = inputs["pixel_values"][step, :longest].to(device)
-            mask = inputs["pixel_attention_mask"][step, :longest].to(device)
-            shapes = inputs["spatial_shapes"][step].to(device)
-            embeds.append(self.encode_image(patches, mask, shapes, normalize=normalize, packed=packed))
-        return torch.cat(embeds)[order.argsort().to(device)]  # back in the order given
+            shapes = inputs["spatial_shapes"][step]
+            embeds.append(self.encode_image(patches, None, shapes, normalize=normalize, packed=packed))
+        return torch.cat(embeds)[order.argsort().to(embeds[0].device)]  # back in the order given
 
     @staticmethod
     def _steps(order: list[int], counts: list[int], max_tokens: int) -> list[list[int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -55,15 +56,21 @@ def resized_positions(
     by_row = resize_weights(patch_ids // columns, rows, grid[0])  # (..., rows)
     by_column = resize_weights(patch_ids % columns, columns, grid[1])  # (..., columns)
     weights = (by_row.unsqueeze(-1) * by_column.unsqueeze(-2)).flatten(-2)  # (..., rows * columns)
-    return (weights @ table.float()).to(table.dtype)
+    kind = table.device.type
+    # Autocast would round the weights of the sum, and positions with them, to half precision.
+    with torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext():
+        return (weights @ table.float()).to(table.dtype)
 
 
 class Packing(NamedTuple):
     """Where the T patches of B pictures stand in R rows of length N. All tensors list patches picture by picture.
 
+    The tensors lie on the CPU; each method takes them to the device of its argument.
+
     Attributes:
         rows: R.
         length: N.
+        count: B.
         slots: (T,) place of each patch in the flattened rows.
         pictures: (T,) number of its picture.
         patches: (T,) its number in the picture.
@@ -71,14 +78,19 @@ class Packing(NamedTuple):
 
     rows: int
     length: int
+    count: int
     slots: torch.Tensor
     pictures: torch.Tensor
     patches: torch.Tensor
 
+    def take(self, padded: torch.Tensor) -> torch.Tensor:
+        """(B, length, ...) -> (T, ...), without the padding."""
+        return padded[_to(self.pictures, padded), _to(self.patches, padded)]
+
     def fill(self, tokens: torch.Tensor) -> torch.Tensor:
         """(T, D) -> (R, N, D), with zeros where no patch stands."""
         rows = tokens.new_zeros(self.rows * self.length, tokens.shape[-1])
-        return rows.index_copy(0, self.slots, tokens).unflatten(0, (self.rows, self.length))
+        return rows.index_copy(0, _to(self.slots, tokens), tokens).unflatten(0, (self.rows, self.length))
 
     def picture_ids(self) -> torch.Tensor:
         """(R, N): the picture that each place belongs to, -1 where no patch stands."""
@@ -87,21 +99,30 @@ class Packing(NamedTuple):
 
     def by_picture(self, rows: torch.Tensor, length: int) -> torch.Tensor:
         """(R, N, D) -> (B, length, D), one row per picture, with zeros for padding."""
-        tokens = rows.flatten(0, 1)[self.slots]  # (T, D)
-        count = int(self.pictures[-1]) + 1
-        padded = tokens.new_zeros(count * length, tokens.shape[-1])
-        return padded.index_copy(0, self.pictures * length + self.patches, tokens).unflatten(0, (count, length))
+        tokens = rows.flatten(0, 1)[_to(self.slots, rows)]  # (T, D)
+        padded = tokens.new_zeros(self.count * length, tokens.shape[-1])
+        places = _to(self.pictures * length + self.patches, rows)
+        return padded.index_copy(0, places, tokens).unflatten(0, (self.count, length))
 
 
-def pack(lengths: Sequence[int], device: torch.device | str | None = None) -> Packing:
+def _to(places: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    return places.to(tensor.device, non_blocking=True)
+
+
+def pack(lengths: Sequence[int], patches: torch.Tensor | None = None) -> Packing:
     """Distributes pictures over as few rows as best-fit decreasing finds; a row is as long as the longest picture.
 
     Longer rows would waste less space, but attention costs the square of a row's length where it is masked.
 
     Args:
-        lengths: Number of patches of each picture, at least 1.
-        device: Where the tensors of the result are made.
+        lengths: Number of patches of each picture.
+        patches: (T,) number of each patch in its picture, where some are left out; 0, 1, 2, ... by default.
+
+    Raises:
+        ValueError: If a picture has no patch; the message says which.
     """
+    if min(lengths) < 1:
+        raise ValueError(f"picture {lengths.index(0)} has no patch; each needs one at least")
     longest = max(lengths)
     starts = [0] * len(lengths)
     free: list[tuple[int, int]] = []  # (places left, row), ascending
@@ -116,6 +137,12 @@ def pack(lengths: Sequence[int], device: torch.device | str | None = None) -> Pa
         insort(free, (left - lengths[picture], row))
     counts = torch.tensor(lengths)
     pictures = torch.arange(len(lengths)).repeat_interleave(counts)  # (T,)
-    patches = torch.arange(len(pictures)) - (counts.cumsum(0) - counts)[pictures]
-    slots = torch.tensor(starts)[pictures] + patches
-    return Packing(rows, longest, slots.to(device), pictures.to(device), patches.to(device))
+    in_picture = torch.arange(len(pictures)) - (counts.cumsum(0) - counts)[pictures]
+    slots = torch.tensor(starts)[pictures] + in_picture
+    return Packing(rows, longest, len(lengths), slots, pictures, in_picture if patches is None else patches)
+
+
+def pack_masked(mask: torch.Tensor) -> Packing:
+    """As `pack`, for the patches that a mask (B, N) leaves: nonzero for patches, 0 for padding."""
+    kept = mask.cpu() != 0
+    return pack(kept.sum(dim=1).tolist(), kept.nonzero()[:, 1])
