@@ -4,15 +4,15 @@ import pytest
 import torch
 
 import siglip_hf
-from every_class import model_of
 from host_reads import HostReads
+from peers import families
 from siglip_hf.models import modeling_siglip2, naflex
 from tiny_siglip2 import LENGTH, SHAPES, tiny_pictures
 
 
 @pytest.fixture(scope="module")
 def model() -> siglip_hf.Siglip2Model:
-    return model_of("Siglip2Model")
+    return families.make("Siglip2Model")
 
 
 def masked_pictures(beyond: bool = False) -> dict[str, torch.Tensor]:
@@ -30,7 +30,7 @@ def masked_pictures(beyond: bool = False) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 @torch.no_grad()
 def test_masked_patches_count_for_nothing_however_they_are_packed(implementation, beyond):
-    model = model_of("Siglip2Model")
+    model = families.make("Siglip2Model")
     model.set_attn_implementation(implementation)
     inputs = masked_pictures(beyond)
     expected = model.get_image_features(**inputs).pooler_output
@@ -52,7 +52,7 @@ def test_masked_patches_count_for_nothing_however_they_are_packed(implementation
 
 @torch.no_grad()
 def test_the_classifier_packs_masked_patches():
-    model, inputs = model_of("Siglip2ForImageClassification"), masked_pictures()
+    model, inputs = families.make("Siglip2ForImageClassification"), masked_pictures()
     torch.testing.assert_close(model(**inputs, packed=True).logits, model(**inputs).logits, atol=1e-5, rtol=0)
 
 

@@ -61,7 +61,7 @@ def test_a_run_is_resumed(name, folder_of, tmp_path):
     families.assert_same(families.outputs_of(model, name), expected)
 
 
-@pytest.mark.parametrize("name", families.broken(2, families.NAFLEX_PICTURES, strict=False))
+@pytest.mark.parametrize("name", families.CLASSES)
 @pytest.mark.parametrize("dtype", families.DTYPES, ids=str)
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
 def test_offload(name, dtype, offload, folder_of, tmp_path):
