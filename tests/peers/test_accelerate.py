@@ -6,7 +6,7 @@
 import accelerate
 import pytest
 import torch
-from accelerate import Accelerator, init_empty_weights, load_checkpoint_and_dispatch
+from accelerate import Accelerator, init_empty_weights, load_checkpoint_and_dispatch, load_checkpoint_in_model
 
 from . import families
 
@@ -77,14 +77,27 @@ def test_offload(name, dtype, offload, folder_of, tmp_path):
     families.assert_rounds_alike(output, expected, dtype)
 
 
-@pytest.mark.parametrize("name", families.broken(19, families.WITH_HEAD))
-def test_load_checkpoint_and_dispatch(name, folder_of):
-    """It assigns tensor by tensor and knows no conversion: either it loads every weight, or it says that it cannot."""
-    reference = families.model_class(name).from_pretrained(folder_of(name))
+@pytest.mark.parametrize("name", families.CLASSES)
+def test_load_checkpoint_in_model(name, folder_of):
+    """Without a device map it calls `load_state_dict`, which takes the published names."""
+    model = families.make(name, seed=1)
+    load_checkpoint_in_model(model, folder_of(name))
+    families.assert_same_weights(model, families.make(name))
+
+
+@pytest.mark.parametrize("name", families.WITH_HEAD)
+def test_load_checkpoint_and_dispatch_of_published_names(name, folder_of, caplog):
+    """With one it assigns tensor by tensor and knows no conversion: it says so, or fails, as docs/sharding.md tells."""
+    config = families.make(name).config
+    with pytest.raises((ValueError, AttributeError), match="in_proj"):
+        load_checkpoint_and_dispatch(
+            families.model_class(name)(config), folder_of(name), device_map={"": "cpu"}, strict=True
+        )
     with init_empty_weights():
-        model = families.model_class(name)(reference.config)
-    model = load_checkpoint_and_dispatch(model, folder_of(name), device_map={"": "cpu"})
-    families.assert_same(families.outputs_of(model, name), families.outputs_of(reference, name))
+        model = families.model_class(name)(config)
+    with pytest.raises(NotImplementedError, match="meta"):
+        load_checkpoint_and_dispatch(model, folder_of(name), device_map={"": "cpu"})
+    assert "head.attention.in_proj_weight" in caplog.text
 
 
 @pytest.mark.parametrize("name", families.CLASSES)

@@ -253,13 +253,16 @@ class SiglipAttentionPoolingHead(SiglipPreTrainedModel):
         self.post_init()
 
     def forward(
-        self, hidden_states: torch.Tensor, attn_implementation: str | None = None
+        self, hidden_states: torch.Tensor, attn_implementation: str | None = None, mask: Any = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Maps image tokens (B, N, D) to (B, D) and the attention weights (B, H, 1, N), which only "eager" has."""
-        probe = self.probe.expand(hidden_states.shape[0], -1, -1)
-        pooled, weights = self.attention(probe, hidden_states, attn_implementation=attn_implementation)  # (B, 1, D)
-        pooled = pooled + self.mlp(self.layernorm(pooled))
-        return pooled[:, 0], weights
+        """Maps image tokens (B, N, D) to (B, D) and the attention weights (B, H, 1, N), which only "eager" has.
+
+        The mask is in the form that the attention implementation takes.
+        """
+        probe = self.probe.expand(hidden_states.shape[0], -1, -1)  # (B, 1, D)
+        pooled, weights = self.attention(probe, hidden_states, mask, attn_implementation)
+        pooled = pooled[:, 0]
+        return pooled + self.mlp(self.layernorm(pooled)), weights
 
 
 class SiglipTextModel(SiglipPreTrainedModel):

@@ -106,18 +106,14 @@ class Siglip2AttentionPoolingHead(SiglipAttentionPoolingHead):
             attention_mask: (B, N), nonzero for patches and 0 for padding; None without padding.
             attn_implementation: Instead of the configured one.
         """
-        probe = self.probe.expand(hidden_states.shape[0], -1, -1)  # (B, 1, D)
-        config = with_attention(self.config, attn_implementation)
-        mask: Any = create_bidirectional_mask(
-            config,
-            probe,
+        mask = create_bidirectional_mask(
+            with_attention(self.config, attn_implementation),
+            hidden_states[:, :1],  # as many queries as the probe: one
             attention_mask,
             encoder_hidden_states=hidden_states,
             allow_is_bidirectional_skip=attention_mask is None,  # else it asks the mask, which waits for the device
         )
-        pooled, weights = self.attention(probe, hidden_states, mask, attn_implementation)
-        pooled = pooled + self.mlp(self.layernorm(pooled))
-        return pooled[:, 0], weights
+        return super().forward(hidden_states, attn_implementation, mask)
 
 
 class Siglip2TextModel(SiglipTextModel, Siglip2PreTrainedModel):
