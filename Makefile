@@ -1,6 +1,6 @@
 # Everything a newcomer needs: `make demo` and `make test` make their own environment first.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-browser test-gpu lint types format bench checkpoint docs clean
+.PHONY: help demo wheel test-wheel test test-slow test-browser test-gpu lint types format bench checkpoint docs clean
 
 PYTHON ?= python3
 MINUTES ?= 240
@@ -34,6 +34,16 @@ demo: $(CORE) ## label pictures of an art style the embedded checkpoint has neve
 
 test: $(DEV) ## run the tests (a few minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not slow and not browser"
+
+wheel: $(CORE) ## build a wheel into dist/
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps -w dist .
+
+test-wheel: wheel ## install the wheel into a fresh environment and try it in an empty folder
+	rm -rf build/try && mkdir -p build/try
+	$(PYTHON) -m venv build/try/venv
+	build/try/venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch dist/*.whl
+	cd build/try && venv/bin/siglip-hf --version && venv/bin/siglip-hf demo
 
 test-slow: $(DEV) ## run the tests that take minutes each
 	$(BIN)/python -m pytest -m slow

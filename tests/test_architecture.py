@@ -16,7 +16,7 @@ PACKAGE = Path(siglip_hf.__file__).parent
 ROOT = PACKAGE.parents[1]
 # From the ground up. A room imports from its own floor's rooms never, from lower floors freely.
 FLOORS = [
-    {"_version", "_moved"},
+    {"_version", "_moved", "extras"},
     {"files", "parallel", "losses"},
     {"preprocessing"},
     {"models"},
