@@ -1,8 +1,10 @@
 """What the documentation's two languages share, so that they cannot drift: a hook of mkdocs, and what its tests check.
 
 A Korean page `name.ko.md` holds no code of its own. A line `<!-- code: 2 -->` in it stands for the second fenced block
-of `name.md`, a line `<!-- table: 1 -->` for that page's first table (measurements, which are not translated). Its
-headings take the English ones' anchors, so that a link works in both languages.
+of `name.md`, a line `<!-- table: 1 -->` for that page's first table (measurements, which are not translated). Behind
+the line stands a copy of that part, up to a line `<!-- /code -->`, so that the page can be read in the repository too;
+`python scripts/docs/hooks.py` writes all copies anew. Headings take the English ones' anchors, so that a link works in
+both languages.
 """
 
 from __future__ import annotations
@@ -19,7 +21,12 @@ KOREAN = ".ko.md"
 FENCE = re.compile(r"^(?P<indent> *)```[^\n]*\n.*?^(?P=indent)```$", re.DOTALL | re.MULTILINE)
 TABLE = re.compile(r"(?:^\|[^\n]*\n)+", re.MULTILINE)
 HEADING = re.compile(r"^(#+) .*$", re.MULTILINE)
-PLACEHOLDER = re.compile(r"^(?P<indent> *)<!-- (?P<kind>code|table): (?P<number>\d+) -->$", re.MULTILINE)
+PLACEHOLDER = re.compile(
+    r"^(?P<indent> *)<!-- (?P<kind>code|table): (?P<number>\d+) -->$"
+    # The copy: nothing in it may look like the next placeholder.
+    r"(?:\n(?:(?!^ *<!-- (?:code|table): ).)*?^(?P=indent)<!-- /(?P=kind) -->$)?",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 @dataclass(frozen=True)
@@ -58,27 +65,52 @@ def _flat(tokens: list[dict[str, Any]]) -> list[tuple[int, str]]:
     return [entry for token in tokens for entry in [(token["level"], token["id"]), *_flat(token["children"])]]
 
 
+def bare(korean: str) -> str:
+    """A Korean page without the copies of the English page's parts."""
+    return PLACEHOLDER.sub(lambda match: f"{match['indent']}<!-- {match['kind']}: {match['number']} -->", korean)
+
+
+def with_copies(korean: str, english: str) -> str:
+    """A Korean page as it stands in the repository: behind each placeholder a copy of its part.
+
+    Raises:
+        ValueError: as `translated`.
+    """
+
+    def fill(match: re.Match[str]) -> str:
+        indent, kind = match["indent"], match["kind"]
+        copy = translated_part(match, parts(english))
+        return f"{indent}<!-- {kind}: {match['number']} -->\n{copy}\n{indent}<!-- /{kind} -->"
+
+    return PLACEHOLDER.sub(fill, bare(korean))
+
+
+def translated_part(match: re.Match[str], shared: Parts) -> str:
+    """What a placeholder stands for, with its indentation.
+
+    Raises:
+        ValueError: if the English page does not have that part.
+    """
+    of_kind = shared.code if match["kind"] == "code" else shared.tables
+    number = int(match["number"])
+    if not 1 <= number <= len(of_kind):
+        raise ValueError(f"{match[0].strip()}: the English page has {len(of_kind)} of them.")
+    return textwrap.indent(of_kind[number - 1].rstrip("\n"), match["indent"])
+
+
 def translated(korean: str, english: str) -> str:
     """A Korean page with the English page's code, tables and anchors in place.
 
     Raises:
         ValueError: if a placeholder names a part that the English page does not have, or the headings do not match.
     """
-    shared = parts(english)
-
-    def fill(match: re.Match[str]) -> str:
-        of_kind = shared.code if match["kind"] == "code" else shared.tables
-        number = int(match["number"])
-        if not 1 <= number <= len(of_kind):
-            raise ValueError(f"{match[0].strip()}: the English page has {len(of_kind)} of them.")
-        return textwrap.indent(of_kind[number - 1].rstrip("\n"), match["indent"])
-
+    shared, korean = parts(english), bare(korean)
     headings = HEADING.findall(without_code(korean))
     if [len(marks) for marks in headings] != [level for level, _ in shared.anchors]:
         raise ValueError(f"{len(headings)} headings do not follow the English page's {len(shared.anchors)}.")
     anchors = iter(shared.anchors)
     korean = HEADING.sub(lambda match: f"{match[0]} {{#{next(anchors)[1]}}}", korean)
-    return PLACEHOLDER.sub(fill, korean)
+    return PLACEHOLDER.sub(lambda match: translated_part(match, shared), korean)
 
 
 def on_page_markdown(text: str, *, page: Any, **_: Any) -> str:
@@ -91,3 +123,18 @@ def on_page_markdown(text: str, *, page: Any, **_: Any) -> str:
         return translated(text, english)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def main() -> None:
+    """Writes the copies in all Korean pages anew."""
+    root = Path(__file__).parents[2]
+    for page in sorted([*root.glob(f"*{KOREAN}"), *(root / "docs").glob(f"**/*{KOREAN}")]):
+        english = Path(str(page).removesuffix(KOREAN) + ".md").read_text(encoding="utf-8")
+        text = page.read_text(encoding="utf-8")
+        if (new := with_copies(text, english)) != text:
+            page.write_text(new, encoding="utf-8")
+            print(page.relative_to(root))
+
+
+if __name__ == "__main__":
+    main()

@@ -10,7 +10,7 @@ from test_docs_site import load_script
 
 hooks = load_script("hooks")
 DOCS = Path(__file__).parents[2] / "docs"
-KOREAN = sorted(DOCS.rglob("*.ko.md"))
+KOREAN = sorted([*DOCS.rglob("*.ko.md"), *DOCS.parent.glob("*.ko.md")])
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NUMBER = re.compile(r"\d[\d,]*(?:\.\d+)?")
 IN_LETTERS = {"one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8"}
@@ -66,7 +66,7 @@ def test_there_are_korean_pages():
 
 @pytest.mark.parametrize("page", KOREAN, ids=lambda page: page.name)
 def test_has_each_block_once_in_order(page):
-    text, shared = page.read_text(), hooks.parts(english_of(page))
+    text, shared = hooks.bare(page.read_text()), hooks.parts(english_of(page))
     assert "```" not in text, "code belongs to the English page; write <!-- code: N -->"
     placed = [(match["kind"], int(match["number"])) for match in hooks.PLACEHOLDER.finditer(text)]
     assert [number for kind, number in placed if kind == "code"] == list(range(1, len(shared.code) + 1))
@@ -77,12 +77,33 @@ def test_has_each_block_once_in_order(page):
 
 @pytest.mark.parametrize("page", KOREAN, ids=lambda page: page.name)
 def test_has_the_same_links_and_pictures(page):
-    assert sorted(LINK.findall(page.read_text())) == sorted(LINK.findall(hooks.without_code(english_of(page))))
+    english = english_of(page)
+    texts = [hooks.without_code(text) for text in (hooks.translated(page.read_text(), english), english)]
+    # The front page of the repository links to its other language.
+    found = [sorted(link for link in LINK.findall(text) if not link.startswith("README")) for text in texts]
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("page", KOREAN, ids=lambda page: page.name)
 def test_has_no_number_of_its_own(page):
-    assert numbers(page.read_text()) - numbers(english_of(page)) == set()
+    assert numbers(hooks.bare(page.read_text())) - numbers(english_of(page)) == set()
+
+
+@pytest.mark.parametrize("page", KOREAN, ids=lambda page: page.name)
+def test_copies_are_those_of_the_english_page(page):
+    text = page.read_text()
+    assert hooks.with_copies(text, english_of(page)) == text, "run python scripts/docs/hooks.py"
+
+
+def test_copies_are_found_and_written_anew():
+    korean = "# 위\n## 코드\n<!-- code: 1 -->\n## 하나\n- 항목\n\n  <!-- code: 2 -->\n## 둘\n<!-- table: 1 -->\n"
+    filled = hooks.with_copies(korean, ENGLISH)
+    assert "<!-- code: 1 -->\n```" in filled
+    assert filled.count("<!-- /code -->") == 2
+    assert "  ```bash\n  ls\n  ```\n  <!-- /code -->" in filled
+    assert hooks.bare(filled) == korean
+    assert hooks.with_copies(filled.replace("ls", "rm"), ENGLISH) == filled
+    assert hooks.translated(filled, ENGLISH) == hooks.translated(korean, ENGLISH)
 
 
 def test_parts_come_from_the_english_page():
