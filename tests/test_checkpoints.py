@@ -18,6 +18,12 @@ from siglip_hf.preprocessing.image_intake import load_picture
 PICTURES = Path(__file__).parents[1] / "src" / "siglip_hf" / "apps" / "pictures"
 LABELS = json.loads((PICTURES / "labels.json").read_text(encoding="utf-8"))
 FOLDER = Path(siglip_hf.default_checkpoint())
+SENTENCE_TRANSFORMERS = {
+    "1_Normalize",
+    "config_sentence_transformers.json",
+    "modules.json",
+    "sentence_bert_config.json",
+}
 NAFLEX = Path(siglip_hf.naflex_checkpoint())
 # How many times as wide and as tall as the picture its canvas is.
 SHAPES = ((1, 1), (2, 1), (1, 3), (4, 1), (3, 2), (1, 2), (2, 3))
@@ -36,6 +42,7 @@ def processor():
 def test_folder_is_whole_and_small():
     files = {path.name: path.stat().st_size for path in FOLDER.iterdir()}
     assert set(files) == {
+        *SENTENCE_TRANSFORMERS,
         "README.md",
         "config.json",
         "model.safetensors",
@@ -139,6 +146,7 @@ def number_right(embeds: torch.Tensor, labels: torch.Tensor) -> int:
 def test_naflex_folder_is_whole_and_small():
     files = {path.name: path.stat().st_size for path in NAFLEX.iterdir()}
     assert set(files) == {
+        *SENTENCE_TRANSFORMERS,
         "README.md",
         "config.json",
         "model.safetensors",

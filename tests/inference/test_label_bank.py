@@ -266,3 +266,11 @@ def test_a_bank_can_be_copied(bank):
     torch.testing.assert_close(other.class_embeddings(["cat"], ["{}"]), rows, atol=0, rtol=0)
     other.clear()
     assert (len(other), len(bank)) == (0, 1)
+
+
+def test_underscores_of_a_label_are_spaces(bank):
+    joined, spaced = ((name,) for name in ("hot_air_balloon", "hot air balloon"))
+    templates = ("a photo of {}.", "my_{}")
+    torch.testing.assert_close(
+        bank.class_embeddings(joined, templates), bank.class_embeddings(spaced, templates), rtol=0, atol=0
+    )

@@ -37,6 +37,7 @@ def clusters(
     from siglip_hf.inference.classify import read_labels_file
     from siglip_hf.inference.label_bank import parse_labels
     from siglip_hf.inference.pipeline import DEFAULT_TEMPLATE
+    from siglip_hf.preprocessing.text_cleaning import label_words
     from siglip_hf.search.clusters import find_clusters
     from siglip_hf.search.index import IndexFolder
     from siglip_hf.search.query import load_embedder
@@ -46,7 +47,7 @@ def clusters(
     folder = IndexFolder(index)
     with no_library_progress():
         embedder = load_embedder(folder.origin, model, device)
-        vectors = embedder.embed_texts([DEFAULT_TEMPLATE.format(name) for name in names])
+        vectors = embedder.embed_texts([DEFAULT_TEMPLATE.format(label_words(name)) for name in names])
         found = find_clusters(folder, names, vectors, count)
     if as_json:
         print_json([asdict(cluster) for cluster in found])

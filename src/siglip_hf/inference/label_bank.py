@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from siglip_hf.preprocessing.text_cleaning import label_words
+
 #: Bound on the memory of a bank's rows; at E = 768 it holds about 87,000 classes.
 DEFAULT_MAX_BYTES = 256 * 2**20
 
@@ -157,7 +159,7 @@ class LabelBank:
         """One normalized embedding per label; only labels not met before go through the text tower.
 
         Args:
-            labels: C distinct labels.
+            labels: C distinct labels; `_` in one is read as a space.
             templates: texts with one `{}` each; the embeddings of a label under all of them are averaged.
             tokenizer_kwargs: arguments of the tokenizer's call. By default texts are padded and truncated to the
                 length that the model was trained on.
@@ -209,7 +211,7 @@ class LabelBank:
     def _encode(
         self, labels: Sequence[str], templates: Sequence[str], options: Mapping[str, Any], chunk_size: int
     ) -> torch.Tensor:
-        texts = [template.format(label) for label in labels for template in templates]
+        texts = [template.format(label_words(label)) for label in labels for template in templates]
         embeds = torch.cat([self._encode_chunk(chunk, options) for chunk in _chunks(texts, chunk_size)])
         if len(templates) == 1:
             return embeds

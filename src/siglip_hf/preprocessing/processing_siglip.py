@@ -16,6 +16,7 @@ from transformers.processing_utils import AudioKwargs, ProcessorMixin, TextKwarg
 
 from siglip_hf.preprocessing.image_intake import Picture, looks_like_picture_source
 from siglip_hf.preprocessing.options import check_unknown
+from siglip_hf.preprocessing.sentence_transformers_files import write_sentence_transformers_files
 from siglip_hf.preprocessing.sequences import as_list, as_texts
 from siglip_hf.preprocessing.tokenization_base import trained_padding
 
@@ -184,7 +185,7 @@ class SiglipProcessor(ProcessorMixin):
         """Saves the processor for `from_pretrained`, here and in stock transformers.
 
         The image processor is also written to a `preprocessor_config.json` of its own, where transformers 4 and other
-        programs look for it.
+        programs look for it, and what `SentenceTransformer(folder)` needs beside model and processor.
 
         Args:
             save_directory: a folder; made if it does not exist.
@@ -195,6 +196,7 @@ class SiglipProcessor(ProcessorMixin):
             The names of the configuration files.
         """
         written = self.image_processor.save_pretrained(save_directory)
+        write_sentence_transformers_files(save_directory)
         return [*super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs), *written]
 
 

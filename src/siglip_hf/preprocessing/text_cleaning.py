@@ -1,7 +1,7 @@
 """Text as SigLIP was trained on it: lowercased, without ASCII punctuation, single spaces.
 
-Source: `_canonicalize_text` of big_vision (`evaluators/proj/image_text/prompt_engineering.py`), which both tokenizers
-apply to every text.
+Source: `_canonicalize_text` of big_vision's zero-shot evaluation (`evaluators/proj/image_text/prompt_engineering.py`);
+stock's `SiglipTokenizer` applies it to every text, without the step of `label_words`, which is for class names alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,19 @@ _SEPARATOR = "\0"
 def remove_punctuation(text: str) -> str:
     """Returns `text` without the 32 characters of `string.punctuation`; punctuation of other scripts stays."""
     return _PUNCTUATION_RUN.sub("", text)
+
+
+def label_words(label: str) -> str:
+    """Returns a class name as words: `_` is read as a space.
+
+    The original evaluation does so before it cleans a text. The tokenizers, as in stock, delete `_` like all ASCII
+    punctuation, so that "hot_air_balloon" would become one word.
+
+    Examples:
+        >>> label_words("hot_air_balloon")
+        'hot air balloon'
+    """
+    return label.replace("_", " ")
 
 
 def canonicalize_text(

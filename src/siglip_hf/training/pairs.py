@@ -14,6 +14,7 @@ from torch.utils.data import Sampler
 
 from siglip_hf.data.sources import Record, Source, open_source
 from siglip_hf.inference.label_bank import parse_templates
+from siglip_hf.preprocessing.text_cleaning import label_words
 
 #: Captions of a picture that has only a label, unless other templates are given.
 LABEL_TEMPLATES = ("This is a photo of {}.",)
@@ -65,7 +66,7 @@ def texts_of(record: Record, templates: Sequence[str]) -> tuple[str, ...]:
     """A record's captions, or its label in each template if it has none."""
     if record.captions or record.label is None:
         return record.captions
-    return tuple(template.format(record.label) for template in templates)
+    return tuple(template.format(label_words(record.label)) for template in templates)
 
 
 def check_templates(templates: str | Sequence[str] | None) -> tuple[str, ...]:
