@@ -25,6 +25,7 @@ _MODULES = {
     "SiglipTextModel": "models.modeling_siglip",
     "SiglipVisionModel": "models.modeling_siglip",
     "SiglipImageProcessor": "preprocessing.image_processing_siglip",
+    "SiglipImageProcessorPil": "preprocessing.image_processing_siglip",
     "SiglipImageProcessorFast": "preprocessing.image_processing_siglip_fast",
     "SiglipProcessor": "preprocessing.processing_siglip",
     "NAFLEX_PRESETS": "models.configuration_siglip2",
@@ -37,6 +38,7 @@ _MODULES = {
     "Siglip2TextModel": "models.modeling_siglip2",
     "Siglip2VisionModel": "models.modeling_siglip2",
     "Siglip2ImageProcessor": "preprocessing.image_processing_siglip2",
+    "Siglip2ImageProcessorPil": "preprocessing.image_processing_siglip2",
     "Siglip2ImageProcessorFast": "preprocessing.image_processing_siglip2_fast",
     "Siglip2Processor": "preprocessing.processing_siglip2",
     "Siglip2Tokenizer": "preprocessing.tokenization_siglip2",
@@ -78,7 +80,9 @@ if TYPE_CHECKING:
     from siglip_hf.models.modeling_siglip2 import Siglip2TextModel as Siglip2TextModel
     from siglip_hf.models.modeling_siglip2 import Siglip2VisionModel as Siglip2VisionModel
     from siglip_hf.preprocessing.image_processing_siglip import SiglipImageProcessor as SiglipImageProcessor
+    from siglip_hf.preprocessing.image_processing_siglip import SiglipImageProcessorPil as SiglipImageProcessorPil
     from siglip_hf.preprocessing.image_processing_siglip2 import Siglip2ImageProcessor as Siglip2ImageProcessor
+    from siglip_hf.preprocessing.image_processing_siglip2 import Siglip2ImageProcessorPil as Siglip2ImageProcessorPil
     from siglip_hf.preprocessing.image_processing_siglip2_fast import (
         Siglip2ImageProcessorFast as Siglip2ImageProcessorFast,
     )

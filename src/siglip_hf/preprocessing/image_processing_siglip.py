@@ -271,3 +271,7 @@ def _look_up(table: np.ndarray, pixels: np.ndarray) -> np.ndarray:
     for channel, plane, out in zip(table[:, 0], pixels, result, strict=True):
         np.take(channel, plane, out=out, mode="clip")  # "clip" needs no buffer; uint8 cannot leave 0..255
     return result
+
+
+#: transformers' own name for the class that works with Pillow.
+SiglipImageProcessorPil = SiglipImageProcessor

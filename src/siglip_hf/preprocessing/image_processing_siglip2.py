@@ -287,4 +287,7 @@ def _look_up(table: np.ndarray, patches: np.ndarray, out: np.ndarray) -> None:
         out[..., channel] = levels.take(patches[..., channel], mode="clip")
 
 
-__all__ = ["Siglip2ImageProcessor", "naflex_size"]
+#: transformers' own name for the class that works with Pillow.
+Siglip2ImageProcessorPil = Siglip2ImageProcessor
+
+__all__ = ["Siglip2ImageProcessor", "Siglip2ImageProcessorPil", "naflex_size"]
