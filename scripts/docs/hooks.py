@@ -18,6 +18,7 @@ from typing import Any
 import markdown
 
 KOREAN = ".ko.md"
+INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 FENCE = re.compile(r"^(?P<indent> *)```[^\n]*\n.*?^(?P=indent)```$", re.DOTALL | re.MULTILINE)
 TABLE = re.compile(r"(?:^\|[^\n]*\n)+", re.MULTILINE)
 HEADING = re.compile(r"^(#+) .*$", re.MULTILINE)
@@ -113,8 +114,27 @@ def translated(korean: str, english: str) -> str:
     return PLACEHOLDER.sub(lambda match: translated_part(match, shared), korean)
 
 
+def on_config(config: Any) -> Any:
+    """Called by mkdocs first: the footer of each page says which version the pages are of."""
+    text = (Path(__file__).parents[2] / "src" / "siglip_hf" / "_version.py").read_text(encoding="utf-8")
+    version = text.split('"')[-2]
+    config.copyright = f"siglip_hf {version}, Apache-2.0"
+    return config
+
+
+def with_files(text: str) -> str:
+    """A page with the files that it includes in place of `<!-- include: PATH -->`, without their front matter."""
+    root = Path(__file__).parents[2]
+
+    def read(match: re.Match[str]) -> str:
+        return re.sub(r"\A---\n.*?\n---\n", "", (root / match[1]).read_text(encoding="utf-8"), flags=re.DOTALL)
+
+    return INCLUDE.sub(read, text)
+
+
 def on_page_markdown(text: str, *, page: Any, **_: Any) -> str:
     """Called by mkdocs with each page's source."""
+    text = with_files(text)
     source = str(page.file.abs_src_path)
     if not source.endswith(KOREAN):
         return text
