@@ -1,11 +1,16 @@
 # Everything a newcomer needs: `make demo` and `make test` make their own environment first.
 .DEFAULT_GOAL := help
-.PHONY: help demo wheel test-wheel test test-slow test-browser test-gpu lint types format bench checkpoint docs clean
+.PHONY: help demo wheel test-wheel test test-oldest test-newest test-pythons test-slow test-browser test-gpu lint types format bench checkpoint docs clean
 
 PYTHON ?= python3
 MINUTES ?= 240
 DEVICE ?= cpu
+# `make test PYTHON=python3.13` has an environment of its own, so that it never runs another Python's in silence.
+ifeq ($(origin PYTHON),command line)
+VENV := .venv-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+else
 VENV := .venv
+endif
 BIN := $(VENV)/bin
 # Installed once per change of the dependencies; the stamp remembers it.
 CORE := $(VENV)/.installed-core
@@ -34,6 +39,30 @@ demo: $(CORE) ## label pictures of an art style the embedded checkpoint has neve
 
 test: $(DEV) ## run the tests (a few minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not gpu and not slow and not browser"
+
+# What has to hold on every version of transformers: models, processors, tokenizers, pipeline, registration, conversion.
+TESTS ?= tests/models tests/preprocessing tests/inference/test_pipeline_zero_shot.py tests/test_registration.py \
+  tests/integrations/test_convert_big_vision.py tests/peers/test_stock_both_ways.py tests/peers/test_outputs.py \
+  tests/peers/test_accelerate.py tests/peers/test_peft.py
+OLDEST := transformers==5.19.0
+NEWEST := transformers tokenizers accelerate peft
+PYTHONS ?= python3.11 python3.12 python3.13
+# Other versions lie in a folder that is searched before the environment's own packages; torch is shared.
+OTHER = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target
+RUN = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not gpu and not slow and not browser" $(TESTS)
+
+test-oldest: $(DEV) ## run the core tests on the oldest transformers that we claim
+	rm -rf $(VENV)/oldest
+	$(OTHER) $(VENV)/oldest $(OLDEST)
+	PYTHONPATH=$(CURDIR)/$(VENV)/oldest $(RUN)
+
+test-newest: $(DEV) ## run the core tests on the newest transformers, tokenizers, accelerate and PEFT; TESTS=tests: all
+	rm -rf $(VENV)/newest
+	$(OTHER) $(VENV)/newest $(NEWEST)
+	PYTHONPATH=$(CURDIR)/$(VENV)/newest $(RUN)
+
+test-pythons: ## run demo and tests on every Python that we claim, each in an environment of its own (gigabytes each)
+	for python in $(PYTHONS); do $(MAKE) demo test PYTHON=$$python || exit 1; done
 
 wheel: $(CORE) ## build a wheel into dist/
 	rm -rf build dist
@@ -77,4 +106,4 @@ docs: $(DEV) ## build the documentation into site/ and check its links
 	$(BIN)/python scripts/docs/check_links.py site
 
 clean: ## remove what the other targets made
-	rm -rf $(VENV) build dist site demo.png .pytest_cache .ruff_cache .mypy_cache src/*.egg-info
+	rm -rf .venv .venv-* build dist site demo.png .pytest_cache .ruff_cache .mypy_cache src/*.egg-info

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 import siglip_hf
@@ -25,12 +23,6 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = torch.tensor([(2, 3), (1, 8)])
 # Everything that a model may return and that is compared.
 OUTPUTS = ("logits_per_image", "image_embeds", "text_embeds", "last_hidden_state", "pooler_output", "logits")
-
-
-def broken(item: int, names: Iterable[str], strict: bool = True) -> list[Any]:
-    """The classes as parameters; those of which issue 14 tells in an item are expected to fail until it is done."""
-    mark = pytest.mark.xfail(strict=strict, reason=f"issue 14 item {item}")
-    return [pytest.param(name, marks=mark) if name in names else name for name in CLASSES]
 
 
 def model_class(name: str) -> Any:
