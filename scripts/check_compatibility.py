@@ -454,7 +454,10 @@ def main() -> None:
     width = max(len(entry["title"]) for entry in ours)
     for theirs, own in zip(stock, ours, strict=True):
         print(f"{own['area']:15} {own['title']:{width}} {theirs['result']:6} {own['result']:6} {own['detail']}")
-    arguments.output.write_text(markdown(stock, ours))
+    # What follows the table is written by hand.
+    before = arguments.output.read_text() if arguments.output.exists() else ""
+    _, heading, rest = before.partition("\n## ")
+    arguments.output.write_text(markdown(stock, ours) + heading + rest)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ CLASSES = [
     for kind in ("Model", "TextModel", "VisionModel", "ForImageClassification")
 ]
 WITH_HEAD = [name for name in CLASSES if not name.endswith("TextModel")]
-NAFLEX_PICTURES = [name for name in WITH_HEAD if name.startswith("Siglip2")]
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # Rows and columns of the NaFlex pictures: one with padding, one in another grid than the learned positions.
 SHAPES = torch.tensor([(2, 3), (1, 8)])
