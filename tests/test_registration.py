@@ -1,13 +1,18 @@
 """After `import siglip_hf` every Auto class gives our classes for SigLIP, and stock's for everything else."""
 
+import importlib
 import subprocess
 import sys
 import textwrap
+import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 
 import siglip_hf
+from siglip_hf import private_tables
+from siglip_hf.private_tables import PRIVATE_TABLES, fill_private_tables
 from tiny_checkpoint import write_tiny_checkpoint
 
 
@@ -25,17 +30,101 @@ def checkpoint(tmp_path_factory) -> str:
     return str(write_tiny_checkpoint(tmp_path_factory.mktemp("hub") / "tiny-siglip"))
 
 
-def test_import_loads_no_heavy_module():
-    loaded = run_python("""
-        import sys, transformers
-        before = set(sys.modules)
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [("--help", 0), ("classify --help", 0), ("--version", 0), ("classify --nonsense", 2), ("train --lora many", 2)],
+)
+def test_the_command_line_parses_without_torch(arguments, status):
+    loaded = run_python(
+        """
+        import sys
+        import siglip_hf_command
+        try:
+            status = siglip_hf_command.main()
+        except SystemExit as stop:
+            status = stop.code
+        print(status, {"torch", "transformers", "numpy"} & set(sys.modules))
+        """,
+        *arguments.split(),
+    )
+    assert loaded.splitlines()[-1] == f"{status} set()"
+
+
+def test_the_command_line_registers_before_it_loads():
+    """No command ran here, so nothing is registered until something asks for a model."""
+    lines = run_python("""
+        import siglip_hf_command
+        siglip_hf_command.is_parsing = True
         import siglip_hf
-        print(sorted(set(sys.modules) - before), "torch" in sys.modules)
-    """)
-    modules, torch_loaded = loaded.rsplit(" ", 1)
-    assert torch_loaded == "False"
-    ours = [name for name in eval(modules) if name.startswith(("siglip_hf", "torch", "transformers"))]
-    assert ours == ["siglip_hf", "siglip_hf._version", "siglip_hf.registration"]
+        from transformers import AutoConfig
+        print(type(AutoConfig.for_model("siglip")).__module__.split(".")[0])
+        from siglip_hf.loading import load_checkpoint
+        print(*(type(one).__name__ for one in load_checkpoint()))
+        print(type(AutoConfig.for_model("siglip")).__module__.split(".")[0])
+    """).splitlines()
+    assert lines == ["transformers", "SiglipModel SiglipProcessor", "siglip_hf"]
+
+
+def test_no_import_hook_no_patched_loader_and_no_stock_thread():
+    """Threads that import at the same time all get our classes, and the import machinery is as it was.
+
+    So do they in a process that only imports the command's module, as `multiprocessing` does: it parses nothing.
+    """
+    lines = run_python("""
+        import sys, threading
+        import siglip_hf_command
+        found = []
+        def use():
+            import siglip_hf
+            from transformers import AutoConfig
+            found.append(type(AutoConfig.for_model("siglip2")).__module__)
+        threads = [threading.Thread(target=use) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        print([hook for hook in sys.meta_path if "siglip" in repr(hook)], set(found), len(found))
+        import transformers.models.auto.modeling_auto as module
+        print(type(module.__spec__.loader).__name__, "exec_module" in vars(module.__spec__.loader))
+    """).splitlines()
+    assert lines == ["[] {'siglip_hf.models.configuration_siglip2'} 4", "SourceFileLoader False"]
+
+
+def test_an_import_that_failed_can_be_repeated():
+    """What registration needs may be missing at first (here: a broken sentencepiece)."""
+    lines = run_python("""
+        import sys
+        sys.modules["sentencepiece"] = None
+        try:
+            import siglip_hf
+        except ImportError as error:
+            print("ImportError", error.name)
+        del sys.modules["sentencepiece"]
+        import siglip_hf
+        from transformers import AutoConfig
+        print(type(AutoConfig.for_model("siglip")).__module__)
+    """).splitlines()
+    assert lines == ["ImportError sentencepiece", "siglip_hf.models.configuration_siglip"]
+
+
+def test_import_from_a_zip_file(tmp_path, checkpoint):
+    source = Path(siglip_hf.__file__).parent
+    with zipfile.ZipFile(tmp_path / "package.zip", "w") as archive:
+        for file in [*source.rglob("*.py"), *source.rglob("*.pyi")]:
+            archive.write(file, file.relative_to(source.parent))
+    lines = run_python(
+        """
+        import sys
+        sys.path.insert(0, sys.argv[2])
+        import siglip_hf
+        from transformers import AutoModel
+        model = AutoModel.from_pretrained(sys.argv[1])
+        print("package.zip" in siglip_hf.__file__, type(model) is siglip_hf.SiglipModel, model.training)
+        """,
+        checkpoint,
+        str(tmp_path / "package.zip"),
+    )
+    assert lines == "True True False"
 
 
 ORDERS = {
@@ -174,3 +263,65 @@ def test_public_names_resolve():
     assert set(siglip_hf.__all__) <= set(dir(siglip_hf))
     with pytest.raises(AttributeError, match="no attribute 'SiglipModell'"):
         siglip_hf.SiglipModell  # noqa: B018
+
+
+def test_the_stub_is_the_table():
+    """Type checkers read the stub as the module itself does: same names, and each is where the stub says."""
+    for package in ("siglip_hf", "siglip_hf.search", "siglip_hf.training"):
+        module = importlib.import_module(package)
+        lines = (Path(module.__file__).parent / "__init__.pyi").read_text().splitlines()
+        names = [line.split(" as ")[1] for line in lines if line.startswith("from ")]
+        assert module.__all__ == names
+        assert len(set(names)) == len(names) > 7
+        for name in names:
+            assert getattr(module, name) is not None
+        with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
+            module.nothing  # noqa: B018
+
+
+# --- the private tables ---------------------------------------------------------------------------------------------
+
+TABLE_NAMES = [
+    "TOKENIZER_MAPPING_NAMES",
+    "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS",
+    "PROCESSOR_MAPPING_NAMES",
+    "IMAGE_PROCESSOR_MAPPING",
+    "PIPELINE_REGISTRY",
+]
+
+
+def test_the_private_tables_are_these_and_are_there(recwarn):
+    assert [table.name for table in PRIVATE_TABLES] == TABLE_NAMES
+    fill_private_tables()
+    assert not [one for one in recwarn if "siglip_hf" in str(one.message)]
+
+
+@pytest.mark.parametrize("name", TABLE_NAMES)
+@pytest.mark.parametrize("damage", ["gone", "another type"])
+def test_a_table_that_moved_costs_one_warning(name, damage, monkeypatch):
+    table = next(table for table in PRIVATE_TABLES if table.name == name)
+    module = importlib.import_module(table.module)
+    if damage == "gone":
+        monkeypatch.delattr(module, name)
+    else:
+        monkeypatch.setattr(module, name, None)
+    filled = []
+    others = [one for one in PRIVATE_TABLES if one.name != name]
+    watched = tuple(one._replace(fill=lambda found, one=one: filled.append(one.name)) for one in others)
+    monkeypatch.setattr(private_tables, "PRIVATE_TABLES", (table, *watched))
+    with pytest.warns(UserWarning, match=f"Other models are not affected.*{name}") as warned:
+        fill_private_tables()
+    assert len(warned) == 1
+    assert filled == [one.name for one in others]
+
+
+def test_all_private_names_of_transformers_are_in_one_module():
+    source = Path(siglip_hf.__file__).parent
+    users = {
+        str(file.relative_to(source))
+        for file in source.rglob("*.py")
+        for name in (*TABLE_NAMES, "REGISTERED_FAST_ALIASES", "meta_path", "_LazyAutoMapping")
+        if name in file.read_text()
+    }
+    # `doctor` reads two of them, to tell what is registered.
+    assert users == {"private_tables.py", "cli/examine.py"}

@@ -4,9 +4,20 @@ import json
 import logging
 
 import pytest
+from transformers import AutoModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.siglip import configuration_siglip as stock
 
-from siglip_hf import PRESETS, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+from siglip_hf import (
+    PRESETS,
+    Siglip2Config,
+    Siglip2TextConfig,
+    Siglip2VisionConfig,
+    SiglipConfig,
+    SiglipTextConfig,
+    SiglipVisionConfig,
+)
+from siglip_hf.models.configuration_siglip import logger
 
 
 @pytest.mark.parametrize("name", ["SiglipTextConfig", "SiglipVisionConfig", "SiglipConfig"])
@@ -29,29 +40,85 @@ def test_default_config_warns_about_nothing(caplog):
     assert caplog.records == []
 
 
+TINY = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("config_class", "fields", "message"),
     [
-        (lambda: SiglipTextConfig(hidden_size=100), r"hidden_size \(100\).*num_attention_heads \(12\)"),
-        (lambda: SiglipVisionConfig(num_attention_heads=7), r"hidden_size \(768\).*num_attention_heads \(7\)"),
-        (lambda: SiglipVisionConfig(num_attention_heads=0), "num_attention_heads must be at least 1, got 0"),
-        (lambda: SiglipVisionConfig(patch_size=300), r"patch_size \(300\) is larger than image_size \(224\)"),
-        (lambda: SiglipVisionConfig(image_size=(8, 224)), r"patch_size \(16\) is larger than .*\(8, 224\)"),
-        (lambda: SiglipVisionConfig(patch_size=0), "patch_size must be at least 1, got 0"),
-        (lambda: SiglipVisionConfig(image_size=(1, 2, 3)), r"one number or \(height, width\); got \[1, 2, 3\]"),
-        (lambda: SiglipTextConfig(pad_token_id=32000), r"pad_token_id \(32000\).*32000 ids"),
-        (lambda: SiglipTextConfig(hidden_sizes=64), "'hidden_sizes'; did you mean 'hidden_size'"),
-        (lambda: SiglipConfig(vision_confg={}), "'vision_confg'; did you mean 'vision_config'"),
+        (SiglipTextConfig, {"hidden_size": 100}, r"hidden_size \(100\).*num_attention_heads \(12\)"),
+        (SiglipVisionConfig, {"num_attention_heads": 7}, r"hidden_size \(768\).*num_attention_heads \(7\)"),
+        (SiglipVisionConfig, {"num_attention_heads": 0}, "num_attention_heads must be at least 1, got 0"),
+        (SiglipVisionConfig, {"num_hidden_layers": -1}, "num_hidden_layers must be at least 0, got -1"),
+        (SiglipTextConfig, {"intermediate_size": 0}, "intermediate_size must be at least 1, got 0"),
+        (SiglipTextConfig, {"hidden_act": "gelu_tanh"}, "no hidden_act 'gelu_tanh'; the nearest are .*gelu"),
+        (SiglipVisionConfig, {"num_channels": 0}, "num_channels must be at least 1, got 0"),
+        (SiglipVisionConfig, {"patch_size": 300}, r"patch_size \(300\) is larger than image_size \(224\)"),
+        (SiglipVisionConfig, {"image_size": (8, 224)}, r"patch_size \(16\) is larger than .*\(8, 224\)"),
+        (SiglipVisionConfig, {"patch_size": 0}, "patch_size must be at least 1, got 0"),
+        (SiglipVisionConfig, {"image_size": (1, 2, 3)}, r"one number or \(height, width\); got \[1, 2, 3\]"),
+        (SiglipTextConfig, {"pad_token_id": 32000}, r"pad_token_id \(32000\).*32000 ids"),
         (
-            lambda: SiglipConfig(text_config={"hidden_size": 64, "num_attention_heads": 4}),
+            SiglipConfig,
+            {"text_config": {"hidden_size": 64, "num_attention_heads": 4}},
             r"projection_size \(64\).*hidden_size \(768\)",
         ),
-        (lambda: SiglipConfig.from_preset("siglip-base-224"), "siglip-base-patch16-224"),
+        (SiglipConfig, {"vision_config": {"num_attention_heads": 7}}, r"num_attention_heads \(7\)"),
+        (Siglip2VisionConfig, {"patch_size": 0}, "patch_size must be at least 1, got 0"),
+        (Siglip2VisionConfig, {"num_channels": 0}, "num_channels must be at least 1, got 0"),
+        (Siglip2VisionConfig, {"num_patches": 200}, "num_patches must be a square number .*200"),
+        (Siglip2TextConfig, {"num_hidden_layers": -1}, "num_hidden_layers must be at least 0, got -1"),
+        (Siglip2Config, {"text_config": {"projection_size": 64}}, r"projection_size \(64\).*hidden_size \(768\)"),
     ],
 )
-def test_impossible_values_are_named(make, message):
+def test_impossible_values_are_named_when_a_model_is_built(config_class, fields, message):
+    """Not before: a configuration also stands in those of other models, where nothing is built of it."""
+    config = config_class(**fields)
     with pytest.raises(ValueError, match=message):
-        make()
+        AutoModel.from_config(config)
+
+
+def test_an_unknown_preset_names_the_nearest():
+    with pytest.raises(ValueError, match="siglip-base-patch16-224"):
+        SiglipConfig.from_preset("siglip-base-224")
+
+
+def test_configurations_of_all_models_are_as_without_this_package(monkeypatch):
+    """Many hold a SigLIP configuration, and some write values into it that no SigLIP model could have."""
+
+    def construct(name):
+        try:
+            return CONFIG_MAPPING[name]().to_dict()
+        except Exception as error:  # a few cannot be made without arguments, with stock's either
+            return type(error)
+
+    names = [name for name in CONFIG_MAPPING_NAMES if not name.startswith("siglip")]
+    assert type(CONFIG_MAPPING["aya_vision"]().vision_config) is SiglipVisionConfig
+    with_ours = {name: construct(name) for name in names}
+    monkeypatch.setattr(CONFIG_MAPPING, "_extra_content", {})
+    assert type(CONFIG_MAPPING["aya_vision"]().vision_config) is stock.SiglipVisionConfig
+    assert with_ours == {name: construct(name) for name in names}
+    assert sum(isinstance(fields, dict) for fields in with_ours.values()) > 400
+
+
+@pytest.mark.parametrize(
+    ("config_class", "key", "field"),
+    [
+        (SiglipTextConfig, "hidden_sizes", "hidden_size"),
+        (SiglipVisionConfig, "num_channel", "num_channels"),
+        (SiglipConfig, "vision_confg", "vision_config"),
+        (Siglip2VisionConfig, "num_patchs", "num_patches"),
+    ],
+)
+def test_a_misspelt_key_is_named_once(config_class, key, field, caplog):
+    logging.getLogger("transformers").propagate = True
+    logger.warning_once.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="siglip_hf"):
+        for _ in range(2):
+            assert getattr(config_class(**{key: 3}), key) == 3
+    assert [record.message for record in caplog.records] == [
+        f"{config_class.__name__} has no field {key!r}; did you mean {field!r}?"
+    ]
 
 
 def test_keys_of_other_programs_are_kept():

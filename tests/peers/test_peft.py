@@ -95,7 +95,7 @@ def test_classifier_with_all_linear_layers():
 @pytest.mark.parametrize("names", [["logit_scale", "logit_bias"], ["vision_model.head", "logit_bias"]])
 def test_parameters_cannot_be_modules_to_save(names, tmp_path):
     with pytest.raises(ValueError, match=r"logit_bias'\] of SiglipModel are parameters.*requires_grad_\(True\)"):
-        peft.get_peft_model(tiny.joint_model(), peft.LoraConfig(modules_to_save=names))
+        siglip_hf.lora_config(tiny.joint_model(), modules_to_save=names)
     # What the message says to do, done.
     model = peft.get_peft_model(tiny.joint_model(), peft.LoraConfig(r=4))
     model.get_base_model().logit_scale.requires_grad_(True)
@@ -108,10 +108,25 @@ def test_parameters_cannot_be_modules_to_save(names, tmp_path):
 
 
 def test_modules_to_save_takes_modules():
-    model = peft.get_peft_model(tiny.joint_model(), peft.LoraConfig(r=4, modules_to_save=["vision_model.head"]))
+    base = tiny.joint_model()
+    model = peft.get_peft_model(base, siglip_hf.lora_config(base, r=4, modules_to_save=["vision_model.head"]))
     head = model.base_model.model.vision_model.head.modules_to_save["default"]
     assert all(parameter.requires_grad for parameter in head.parameters())
     assert_every_adapter_learns(model, model(**batch()).loss)
+
+
+def test_modules_to_save_that_are_not_there_are_refused():
+    with pytest.raises(ValueError, match=r"modules_to_save=\['classifier'\]: SiglipModel has no module 'classifier'"):
+        siglip_hf.lora_config(tiny.joint_model(), modules_to_save=["classifier"])
+
+
+@pytest.mark.parametrize("options", [{}, {"target_modules": "all-linear"}, {"target_modules": ["fc1"]}])
+def test_lora_config_chooses_as_the_table_does(options):
+    base = tiny.joint_model()
+    ours = peft.get_peft_model(tiny.joint_model(), siglip_hf.lora_config(base, r=4, **options))
+    plain = peft.get_peft_model(tiny.joint_model(), peft.LoraConfig(r=4, **options))
+    assert adapters(ours) == adapters(plain) != set()
+    assert ours.peft_config["default"].r == 4
 
 
 def test_merge_and_unmerge(tmp_path):
@@ -197,14 +212,19 @@ def test_lora_on_4_bit_weights(tmp_path):
             torch.testing.assert_close(parameter.data, frozen[name].data, rtol=0, atol=0)
 
 
-def test_peft_imported_first():
-    """The other order, and that this package does not import PEFT by itself, is what the other tests rest upon."""
+@pytest.mark.parametrize("order", ["import peft, siglip_hf", "import siglip_hf, peft"])
+def test_default_targets_in_any_order_of_imports(order):
+    """The table is filled when this package is imported, or when a model is built if PEFT is imported later."""
     code = (
-        "import peft, siglip_hf\n"
-        "from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as table\n"
-        "assert 'self_attn.q_proj' in table['siglip'] and table['bert'] == ['query', 'value']\n"
+        f"{order}\n"
+        "siglip_hf.SiglipVisionModel(siglip_hf.SiglipVisionConfig("
+        "hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=4, patch_size=2))\n"
+        "from peft.utils import constants\n"
+        "table = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING\n"
+        "assert 'self_attn.q_proj' in table['siglip2'] and table['bert'] == ['query', 'value']\n"
+        "assert 'siglip2' in constants.TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING\n"
         "from peft.tuners import tuners_utils\n"
-        "assert hasattr(tuners_utils.set_additional_trainable_modules, '__wrapped__')"
+        "assert tuners_utils.set_additional_trainable_modules.__module__.startswith('peft.')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,35 +1,49 @@
-"""What PEFT is told about SigLIP: the layers to adapt by default, and what it cannot train.
-
-`registration` hands these to PEFT in the moment it is imported.
-"""
+"""LoRA by PEFT: the configuration for a SigLIP model, and what PEFT cannot train."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-# The projections of every block's self-attention, by the ends of their names. Without the pooling head, so that the
-# same list suits models that do not run it: image classifiers and vision-language models.
-DEFAULT_TARGET_MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj")
+from siglip_hf.models.adapters import DEFAULT_TARGET_MODULES
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 
-def refuse_parameters(model: Any, modules_to_save: list[str] | None) -> None:
-    """Checks PEFT's `modules_to_save`, which ignores names of parameters without a word.
+def lora_config(model: Any, **options: Any) -> LoraConfig:
+    """Makes PEFT's `LoraConfig` for a SigLIP model, and checks what PEFT would pass over in silence.
 
     Args:
-        model: The model that gets the adapter; only SigLIP models are checked.
-        modules_to_save: The names, or None.
+        model: The model that gets the adapters, of any SigLIP class.
+        **options: Arguments of `peft.LoraConfig`. `target_modules` are by default the query, key, value and output
+            projections of all blocks.
 
     Raises:
-        ValueError: If a name is that of a parameter of the model, as `"logit_scale"` is; the message says what to do.
+        ImportError: If PEFT is not installed.
+        ValueError: If `modules_to_save` names a parameter, as `"logit_scale"` is, or a module that the model does not
+            have. PEFT would leave both frozen.
+
+    Examples:
+        >>> model = peft.get_peft_model(model, siglip_hf.lora_config(model, r=8))
     """
-    if not type(model).__module__.startswith("siglip_hf."):
-        return
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ImportError('LoRA needs PEFT: pip install "siglip-hf[train]"') from error
+    _check_modules_to_save(model, options.get("modules_to_save"))
+    return LoraConfig(**{"target_modules": list(DEFAULT_TARGET_MODULES)} | options)
+
+
+def _check_modules_to_save(model: Any, modules_to_save: list[str] | None) -> None:
     parameters = [name for name in modules_to_save or () if name in model._parameters]
     if parameters:
-        first = parameters[0]
         raise ValueError(
             f"modules_to_save={modules_to_save} should name modules, but {parameters} of {type(model).__name__} are "
             "parameters, which PEFT would leave frozen. Leave them out; after get_peft_model, call "
-            f"model.get_base_model().{first}.requires_grad_(True) to train them, and save them with the whole model, "
-            "model.merge_and_unload().save_pretrained(folder), since an adapter file holds no such parameters"
+            f"model.get_base_model().{parameters[0]}.requires_grad_(True) to train them, and save them with the whole "
+            "model, model.merge_and_unload().save_pretrained(folder), since an adapter file holds no such parameters"
         )
+    modules = [name for name, _ in model.named_modules()]
+    unknown = [n for n in modules_to_save or () if not any(f".{module}".endswith(f".{n}") for module in modules)]
+    if unknown:
+        raise ValueError(f"modules_to_save={modules_to_save}: {type(model).__name__} has no module {unknown[0]!r}")

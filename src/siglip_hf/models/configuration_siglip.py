@@ -11,7 +11,11 @@ import difflib
 from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 def as_pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
@@ -28,18 +32,18 @@ def as_pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
 
 
 class _SiglipConfigMixin:
-    """What the three configurations share: a misspelt key is an error, not a silently unused attribute."""
+    """What the three configurations share: keys that look like misspelt fields are named, since nothing reads them."""
 
-    def _refuse_misspelt_keys(self, extra: dict[str, Any]) -> None:
-        # Other unknown keys stay allowed: configurations of vision-language models and of older transformers versions
-        # carry keys of their own in `vision_config`, and those must keep loading.
-        fields = set(self.__dataclass_fields__)  # type: ignore[attr-defined]
+    def _warn_of_misspelt_keys(self, extra: dict[str, Any]) -> None:
+        # A warning, because files of vision-language models, of older versions of transformers and of other programs
+        # hold keys of their own. Compared with the fields of SigLIP only: transformers' come and go with its versions.
+        fields = set(self.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)  # type: ignore[attr-defined]
         for key in extra:
             if hasattr(type(self), key):  # class attributes such as model_type stand in the files too
                 continue
             near = difflib.get_close_matches(key, fields, n=1, cutoff=0.9)
             if near:
-                raise ValueError(f"{type(self).__name__} has no field {key!r}; did you mean {near[0]!r}?")
+                logger.warning_once(f"{type(self).__name__} has no field {key!r}; did you mean {near[0]!r}?")
 
 
 class _SiglipTowerConfig(_SiglipConfigMixin, PreTrainedConfig):
@@ -54,14 +58,26 @@ class _SiglipTowerConfig(_SiglipConfigMixin, PreTrainedConfig):
     attention_dropout: float | int = 0.0
 
     def __post_init__(self, **kwargs):
-        self._refuse_misspelt_keys(kwargs)
+        self._warn_of_misspelt_keys(kwargs)
         super().__post_init__(**kwargs)
-        self._check()
 
-    def _check(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_attention_heads"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+    def check(self) -> None:
+        """Makes sure that a model can be built. A model calls it, not `__init__`: configurations also hold each other.
+
+        Raises:
+            ValueError: If the values cannot make a model; the message names them.
+        """
+        for name, least in (
+            ("hidden_size", 1),
+            ("intermediate_size", 1),
+            ("num_attention_heads", 1),
+            ("num_hidden_layers", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.hidden_act not in ACT2FN:
+            near = difflib.get_close_matches(self.hidden_act, ACT2FN, n=3, cutoff=0.4)
+            raise ValueError(f"there is no hidden_act {self.hidden_act!r}; the nearest are {near}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_attention_heads "
@@ -87,9 +103,6 @@ class SiglipTextConfig(_SiglipTowerConfig):
         bos_token_id: Unused by the model; published configurations carry an id outside the vocabulary.
         eos_token_id: Unused by the model, likewise.
         projection_size: Width E of the embedding. Defaults to `hidden_size`.
-
-    Raises:
-        ValueError: If the values cannot make a model; the message names them.
     """
 
     model_type = "siglip_text_model"
@@ -110,8 +123,9 @@ class SiglipTextConfig(_SiglipTowerConfig):
     def validate_token_ids(self):
         """Replaces the base check, which warns about the bos and eos ids of every published configuration."""
 
-    def _check(self) -> None:
-        super()._check()
+    def check(self) -> None:
+        """As of the base class; `pad_token_id` too."""
+        super().check()
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
                 f"pad_token_id ({self.pad_token_id}) lies outside the vocabulary of {self.vocab_size} ids; texts are "
@@ -135,9 +149,6 @@ class SiglipVisionConfig(_SiglipTowerConfig):
         layer_norm_eps: Epsilon of the layer norms.
         attention_dropout: Dropout probability of the attention weights, in training only.
         vision_use_head: Whether the tower ends in the attention-pooling head.
-
-    Raises:
-        ValueError: If the values cannot make a model; the message names them.
     """
 
     model_type = "siglip_vision_model"
@@ -154,8 +165,11 @@ class SiglipVisionConfig(_SiglipTowerConfig):
         (height, width), (patch_height, patch_width) = as_pair(self.image_size), as_pair(self.patch_size)
         return height // patch_height, width // patch_width
 
-    def _check(self) -> None:
-        super()._check()
+    def check(self) -> None:
+        """As of the base class; the sizes of picture and patch too."""
+        super().check()
+        if self.num_channels < 1:
+            raise ValueError(f"num_channels must be at least 1, got {self.num_channels}")
         if min(as_pair(self.patch_size)) < 1:
             raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
         if min(self.patch_grid) < 1:
@@ -170,9 +184,6 @@ class SiglipConfig(_SiglipConfigMixin, PreTrainedConfig):
         text_config: Configuration of the text tower, or its fields as a dict.
         vision_config: Configuration of the vision tower, or its fields as a dict.
         initializer_factor: Factor on the initial scale of a new classification layer.
-
-    Raises:
-        ValueError: If the two embeddings differ in width; the message names both.
     """
 
     model_type = "siglip"
@@ -185,12 +196,21 @@ class SiglipConfig(_SiglipConfigMixin, PreTrainedConfig):
     initializer_factor: float = 1.0
 
     def __post_init__(self, **kwargs):
-        self._refuse_misspelt_keys(kwargs)
+        self._warn_of_misspelt_keys(kwargs)
         for name, config_class in self.sub_configs.items():
             value = getattr(self, name)
             if value is None or isinstance(value, dict):
                 setattr(self, name, config_class(**(value or {})))
         super().__post_init__(**kwargs)
+
+    def check(self) -> None:
+        """Makes sure that a model can be built; the model calls it.
+
+        Raises:
+            ValueError: If a tower cannot be built, or the two embeddings differ in width; the message names the values.
+        """
+        self.text_config.check()
+        self.vision_config.check()
         embedding, width = self.text_config.projection_size, self.vision_config.hidden_size
         if embedding != width:
             raise ValueError(

@@ -44,9 +44,6 @@ class Siglip2VisionConfig(_SiglipTowerConfig):
         layer_norm_eps: Epsilon of the layer norms.
         attention_dropout: Dropout probability of the attention weights, in training only.
         vision_use_head: Whether the tower ends in the attention-pooling head.
-
-    Raises:
-        ValueError: If the values cannot make a model; the message names them.
     """
 
     model_type = "siglip2_vision_model"
@@ -68,8 +65,11 @@ class Siglip2VisionConfig(_SiglipTowerConfig):
         """Numbers P in a patch: pixels times channels."""
         return self.patch_size**2 * self.num_channels
 
-    def _check(self) -> None:
-        super()._check()
+    def check(self) -> None:
+        """As of the base class; the patches too."""
+        super().check()
+        if self.num_channels < 1:
+            raise ValueError(f"num_channels must be at least 1, got {self.num_channels}")
         if self.patch_size < 1:
             raise ValueError(f"patch_size must be at least 1, got {self.patch_size}")
         if self.num_patches < 1 or math.prod(self.patch_grid) != self.num_patches:
@@ -84,9 +84,6 @@ class Siglip2Config(SiglipConfig):
         text_config: Configuration of the text tower, or its fields as a dict.
         vision_config: Configuration of the vision tower, or its fields as a dict.
         initializer_factor: Factor on the initial scale of a new classification layer.
-
-    Raises:
-        ValueError: If the two embeddings differ in width; the message names both.
     """
 
     model_type = "siglip2"

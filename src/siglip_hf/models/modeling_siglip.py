@@ -21,6 +21,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from siglip_hf.losses.sigmoid import sigmoid_loss
+from siglip_hf.models.adapters import add_lora_targets
 from siglip_hf.models.checkpoint_kind import refuse_other_kind
 from siglip_hf.models.configuration_siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConfig, as_pair
 from siglip_hf.models.layers import (
@@ -33,7 +34,6 @@ from siglip_hf.models.layers import (
 )
 from siglip_hf.models.outputs import SiglipOutput, SiglipPoolingOutput
 from siglip_hf.models.quantization import drop_undotted_names, is_reversible, keep_4bit_layout
-from siglip_hf.registration import register_weight_conversions
 
 logger = logging.get_logger(__name__)
 
@@ -80,6 +80,11 @@ class SiglipPreTrainedModel(PreTrainedModel):
         "hidden_states": SiglipEncoderLayer,
         "attentions": SiglipAttention,
     }
+
+    def __init__(self, config: Any, *inputs: Any, **kwargs: Any):
+        add_lora_targets()
+        config.check()
+        super().__init__(config, *inputs, **kwargs)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For classes outside of transformers the base class skips modules that own no parameter directly, such as the
@@ -166,6 +171,7 @@ class SiglipVisionEmbeddings(SiglipPreTrainedModel):
     """
 
     config: SiglipVisionConfig  # type: ignore[assignment]
+    supports_gradient_checkpointing = False  # it has no blocks to recompute; the tower has
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__(config)
@@ -243,6 +249,7 @@ class SiglipAttentionPoolingHead(SiglipPreTrainedModel):
     """
 
     config: SiglipVisionConfig  # type: ignore[assignment]
+    supports_gradient_checkpointing = False  # it has no blocks to recompute; the tower has
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__(config)
@@ -668,8 +675,6 @@ class SiglipForImageClassification(SiglipPreTrainedModel):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
-
-register_weight_conversions()
 
 __all__ = [
     "SiglipForImageClassification",

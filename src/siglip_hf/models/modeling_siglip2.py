@@ -31,7 +31,6 @@ from siglip_hf.models.modeling_siglip import (
 )
 from siglip_hf.models.naflex import Packing, pack, pack_masked, resized_positions
 from siglip_hf.models.outputs import SiglipOutput, SiglipPoolingOutput
-from siglip_hf.registration import register_siglip2_weight_conversions
 
 #: Implementations of attention that take the mask of packed rows. Flash attention takes lengths instead of masks.
 PACKABLE_ATTENTION = ("eager", "sdpa", "flex_attention")
@@ -505,8 +504,6 @@ def with_attention(config: Siglip2VisionConfig, implementation: str | None) -> S
     config._attn_implementation = implementation
     return config
 
-
-register_siglip2_weight_conversions()
 
 __all__ = [
     "Siglip2ForImageClassification",

@@ -1,4 +1,4 @@
-"""Conversion of checkpoint tensors, where transformers' own operations do not suffice."""
+"""Conversion of published checkpoints' tensors to this package's parameters and back; `registration` reads it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from transformers.core_model_loading import (
     WeightConverter,
     log_conversion_errors,
 )
+
+from siglip_hf.models.modeling_siglip import SiglipVisionEmbeddings, resize_position_embedding
 
 
 class ProjectionsConverter(WeightConverter):
@@ -124,8 +126,6 @@ class ResizePositions(ConversionOps):
         Raises:
             ValueError: If N' is not a square number, so that its grid is unknown.
         """
-        from siglip_hf.models.modeling_siglip import SiglipVisionEmbeddings, resize_position_embedding
-
         tensors = next(iter(input_dict.values()))
         positions = tensors[0] if isinstance(tensors, list) else tensors
         embeddings = model.get_submodule(full_layer_name.removesuffix(".position_embedding.weight"))
@@ -160,3 +160,26 @@ class KeepPositions(ConversionOps):
     def reverse_op(self) -> ConversionOps:
         """The operation for loading."""
         return ResizePositions()
+
+
+def _packed_projections() -> list[WeightConverter]:
+    """The pooling head's `in_proj_weight` (3 D, D) and `in_proj_bias` (3 D,) to three linear layers each."""
+    return [
+        ProjectionsConverter(
+            f"attention.in_proj_{kind}",
+            [f"attention.{projection}_proj.{kind}" for projection in "qkv"],
+            operations=[SplitProjections(dim=0)],
+        )
+        for kind in ("weight", "bias")
+    ]
+
+
+# Class of a submodule -> conversions of its tensors. The names are this package's own (stock has no model of these
+# names), so that stock models in the same process load as before.
+WEIGHT_CONVERSIONS: dict[str, list[WeightConverter]] = {
+    "SiglipAttentionPoolingHead": _packed_projections(),
+    "Siglip2AttentionPoolingHead": _packed_projections(),
+    "SiglipVisionEmbeddings": [
+        WeightConverter("position_embedding.weight", "position_embedding.weight", operations=[ResizePositions()])
+    ],
+}
