@@ -222,9 +222,9 @@ def save_model(folder: str, with_onnx: bool) -> Any:
     model = siglip_hf.SiglipModel(config).eval()
     model.save_pretrained(folder)
     if with_onnx:
-        from siglip_hf.integrations.onnx import export
+        from siglip_hf.integrations.onnx import export_onnx
 
-        export(model, Path(folder, "onnx"))
+        export_onnx(model, Path(folder, "onnx"))
     return config
 
 

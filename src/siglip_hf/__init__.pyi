@@ -4,6 +4,8 @@ from siglip_hf._version import __version__ as __version__
 from siglip_hf.data.embedder import SiglipEmbedder as SiglipEmbedder
 from siglip_hf.inference.optimize.optimization import optimize as optimize
 from siglip_hf.inference.pooling_map import pooling_attention as pooling_attention
+from siglip_hf.integrations.big_vision import convert_big_vision as convert_big_vision
+from siglip_hf.integrations.onnx import export_onnx as export_onnx
 from siglip_hf.integrations.peft import lora_config as lora_config
 from siglip_hf.loading import default_checkpoint as default_checkpoint
 from siglip_hf.loading import naflex_checkpoint as naflex_checkpoint

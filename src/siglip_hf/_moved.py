@@ -80,5 +80,5 @@ def keep_old_paths(package: str) -> None:
     for old in MOVED:
         name = f"{package}.{old}"
         module = sys.modules.setdefault(name, _MovedModule(name, f"Moved to {package}.{MOVED[old]}."))
-        if "." not in old:
+        if "." not in old and old not in sys.modules[package].__all__:  # a function has the name of its old module
             setattr(sys.modules[package], old, module)

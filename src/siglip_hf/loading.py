@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from siglip_hf.registration import register
+
 if TYPE_CHECKING:
     import torch
 
@@ -61,7 +63,7 @@ def load_model(name: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto
     from siglip_hf.models.modeling_siglip import SiglipModel
 
     name = os.fspath(name)
-    model, info = _read(AutoModel, name, dtype=dtype, output_loading_info=True)
+    model, info = from_checkpoint(AutoModel, name, dtype=dtype, output_loading_info=True)
     if not isinstance(model, SiglipModel):
         raise ValueError(f"cannot load {name!r}: it is a {type(model).__name__}, not a SigLIP model with both towers.")
     if missing := sorted(info["missing_keys"]):
@@ -77,12 +79,12 @@ def load_processor(name: str | os.PathLike[str], model: Any, *, fast_pictures: b
     from siglip_hf.preprocessing.processing_siglip import SiglipProcessor
 
     name = os.fspath(name)
-    processor = _read(AutoProcessor, name)
+    processor = from_checkpoint(AutoProcessor, name)
     if not isinstance(processor, SiglipProcessor):
         raise ValueError(f"cannot load {name!r}: it has no tokenizer or no image processor of a SigLIP model.")
     if fast_pictures:
         # transformers' name for the fast kind; this package's needs torch alone.
-        processor.image_processor = _read(AutoImageProcessor, name, backend="torchvision")
+        processor.image_processor = from_checkpoint(AutoImageProcessor, name, backend="torchvision")
     try:
         processor.check_fits(model)
         _check_pixel_scaling(processor.image_processor)
@@ -91,11 +93,19 @@ def load_processor(name: str | os.PathLike[str], model: Any, *, fast_pictures: b
     return processor
 
 
-def _read(auto_class: Any, name: str, **kwargs: Any) -> Any:
-    """What an Auto class makes of a checkpoint, with this package's classes."""
-    from siglip_hf.registration import register
+def from_checkpoint(auto_class: Any, name: str | os.PathLike[str], **kwargs: Any) -> Any:
+    """Calls `from_pretrained` of an Auto class or any other, with this package's classes registered.
 
+    Args:
+        auto_class: For example `AutoConfig`.
+        name: Name or folder of a checkpoint. In a folder nothing is asked of the network.
+        **kwargs: As of `from_pretrained`.
+
+    Raises:
+        ValueError: If there is no such checkpoint, or its files cannot be read.
+    """
     register()
+    name = os.fspath(name)
     is_folder = os.path.isdir(name)
     if not is_folder:
         _refuse_missing_path(name)
@@ -105,6 +115,24 @@ def _read(auto_class: Any, name: str, **kwargs: Any) -> Any:
         if isinstance(error, OSError) and not is_folder:
             raise ValueError(_not_fetched(name, error)) from error
         raise ValueError(f"cannot load {name!r}: {_reason(error)}") from error
+
+
+def pick_device(device: str | torch.device | None) -> torch.device:
+    """The device of a name such as "cpu", "cuda" or "cuda:1"; the first accelerator, or else the CPU, if None.
+
+    Raises:
+        ValueError: If it cannot be used here.
+    """
+    import torch
+
+    if device is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+        return chosen
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
 
 
 def _refuse_missing_path(name: str) -> None:

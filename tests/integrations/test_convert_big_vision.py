@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2Imag
 import big_vision_reference as reference
 from siglip_hf import PRESETS, SiglipConfig, SiglipModel
 from siglip_hf.cli.main import main
-from siglip_hf.integrations.big_vision import _preset_fields, _rules, _span, convert
+from siglip_hf.integrations.big_vision import _preset_fields, _read_tree, _rules, _span, convert_big_vision
 from siglip_hf.models.configuration_siglip2 import NAFLEX_PRESETS, Siglip2Config
 
 SIZES = reference.Sizes()
@@ -58,7 +60,7 @@ def train_vocabulary(folder, name, pieces=SIZES.vocabulary, **options):
 @pytest.mark.parametrize("family", ["ours", "stock"])
 def test_embeddings_and_logits_are_those_of_the_original(tmp_path, params, scan, family):
     file = write(tmp_path / "original.npz", reference.scanned(params) if scan else params)
-    result = convert(file, tmp_path / "out")
+    result = convert_big_vision(file, tmp_path / "out")
     assert (result.preset, result.num_tensors) == (None, len(params))
     assert result.num_parameters == sum(value.size for value in params.values())
 
@@ -83,7 +85,7 @@ def test_embeddings_and_logits_are_those_of_the_original(tmp_path, params, scan,
 def test_naflex_checkpoints_become_siglip2_checkpoints(tmp_path, grid, monkeypatch):
     params = reference.random_params(NAFLEX)
     file = write(tmp_path / "original.npz", reference.scanned(params))
-    assert convert(file, tmp_path / "out").preset is None
+    assert convert_big_vision(file, tmp_path / "out").preset is None
     config = Siglip2Config.from_pretrained(tmp_path / "out")
     monkeypatch.setitem(
         NAFLEX_PRESETS,
@@ -94,7 +96,7 @@ def test_naflex_checkpoints_become_siglip2_checkpoints(tmp_path, grid, monkeypat
         ),
     )
     for i, preset in enumerate([None, "google/tiny-naflex"]):
-        assert convert(file, tmp_path / str(i), preset=preset).preset.endswith("tiny-naflex")
+        assert convert_big_vision(file, tmp_path / str(i), preset=preset).preset.endswith("tiny-naflex")
         assert (tmp_path / str(i) / "config.json").read_text() == (tmp_path / "out" / "config.json").read_text()
     model, info = stock_siglip2.Siglip2Model.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert {name: list(keys) for name, keys in info.items() if keys} == {}
@@ -114,7 +116,7 @@ def test_naflex_checkpoints_become_siglip2_checkpoints(tmp_path, grid, monkeypat
 
 
 def test_a_configuration_is_made_from_shapes(tmp_path, params):
-    convert(write(tmp_path / "original.npz", params), tmp_path / "out")
+    convert_big_vision(write(tmp_path / "original.npz", params), tmp_path / "out")
     config = AutoModel.from_pretrained(tmp_path / "out").config
     text, vision = config.text_config, config.vision_config
     assert (text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.num_attention_heads) == (
@@ -141,10 +143,10 @@ def test_a_published_checkpoint_is_recognised_by_its_shapes(tmp_path, params, mo
     monkeypatch.setitem(PRESETS, "tiny-patch4-14", (text, tower | {"patch_size": 4, "image_size": 14}))
     file = write(tmp_path / "original.npz", params)
     for i, preset in enumerate([None, "tiny-patch4-14"]):
-        assert convert(file, tmp_path / str(i), preset=preset).preset == "tiny-patch4-14"
+        assert convert_big_vision(file, tmp_path / str(i), preset=preset).preset == "tiny-patch4-14"
         assert AutoModel.from_pretrained(tmp_path / str(i)).config.vision_config.image_size == 14
     with pytest.raises(ValueError, match=r"no preset 'tiny-patch4'; the nearest are \['tiny-patch4-14'"):
-        convert(file, tmp_path / "out", preset="tiny-patch4")
+        convert_big_vision(file, tmp_path / "out", preset="tiny-patch4")
 
 
 def test_every_tensor_of_every_preset_has_one_source():
@@ -168,7 +170,7 @@ def test_what_is_missing_left_over_or_misshapen_is_named_at_once(tmp_path, param
     broken["img/head/kernel"] = np.zeros((24, 24), np.float32)
     broken["txt/head/bias"] = np.zeros(5, np.float32)
     with pytest.raises(ValueError, match="does not fit") as raised:
-        convert(write(tmp_path / "original.npz", broken), tmp_path / "out")
+        convert_big_vision(write(tmp_path / "original.npz", broken), tmp_path / "out")
     message = str(raised.value)
     assert "img/Transformer/encoderblock_1/LayerNorm_0/scale" in message
     assert "txt/Encoder_0/encoderblock_1/LayerNorm_0/bias" in message
@@ -180,11 +182,43 @@ def test_what_is_missing_left_over_or_misshapen_is_named_at_once(tmp_path, param
 
 def test_a_preset_of_another_size_is_refused_with_every_difference(tmp_path, params):
     with pytest.raises(ValueError, match="does not fit siglip-base-patch16-224") as raised:
-        convert(write(tmp_path / "o.npz", params), tmp_path / "out", preset="siglip-base-patch16-224")
+        convert_big_vision(write(tmp_path / "o.npz", params), tmp_path / "out", preset="siglip-base-patch16-224")
     message = str(raised.value)
     assert "missing: " in message
     assert "img/Transformer/encoderblock_{3-11}/LayerNorm_0/scale" in message
     assert "img/pos_embedding (1, 9, 24) instead of (1, 196, 768)" in message
+
+
+def test_damaged_archives_are_named(tmp_path, params):
+    """Bits flipped anywhere, and archives cut off: a checkpoint or one ValueError, whatever numpy and zipfile raise."""
+    whole = write(tmp_path / "original.npz", params).read_bytes()
+    random, refused = np.random.default_rng(0), []
+    for trial in range(60):
+        content = bytearray(whole)
+        if trial % 3 == 0:
+            content = content[: random.integers(len(content))]
+        else:
+            # Most of the bytes are weights; the headers and the directory are what a reader stumbles over.
+            for place in (random.integers(200), len(content) - 1 - random.integers(2000)):
+                content[place] ^= 1 << random.integers(8)
+        damaged = tmp_path / "damaged.npz"
+        damaged.write_bytes(content)
+        try:
+            _read_tree(damaged)
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 30
+    assert all("damaged.npz" in message for message in refused)
+
+
+def test_a_declared_shape_takes_no_memory(tmp_path):
+    """A header of a few bytes may declare 10^12 numbers."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (10**12,)})
+    with zipfile.ZipFile(tmp_path / "large.npz", "w") as archive:
+        archive.writestr("params/t.npy", header.getvalue() + bytes(64))
+    with pytest.raises(ValueError, match=r"large\.npz is damaged: params/t\.npy .*1000000000000.* than its \d+"):
+        convert_big_vision(tmp_path / "large.npz", tmp_path / "out")
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path, params):
@@ -197,20 +231,20 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, params):
         ("other.npz", "has no img/emb"),
     ):
         with pytest.raises(ValueError, match=message):
-            convert(tmp_path / name, tmp_path / "out")
+            convert_big_vision(tmp_path / name, tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"absent\.npz"):
-        convert(tmp_path / "absent.npz", tmp_path / "out")
+        convert_big_vision(tmp_path / "absent.npz", tmp_path / "out")
     with pytest.raises(ValueError, match="twice"):
-        convert(write(tmp_path / "twice.npz", params | reference.scanned(params)), tmp_path / "out")
+        convert_big_vision(write(tmp_path / "twice.npz", params | reference.scanned(params)), tmp_path / "out")
     flat = params | {"img/pos_embedding": params["img/pos_embedding"][:, :8]}
     with pytest.raises(ValueError, match="8 positions, which is no square"):
-        convert(write(tmp_path / "flat.npz", flat), tmp_path / "out")
+        convert_big_vision(write(tmp_path / "flat.npz", flat), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("dtype", ["float16", torch.bfloat16], ids=str)
 def test_weights_are_saved_in_the_dtype_asked_for(tmp_path, params, dtype):
-    convert(write(tmp_path / "original.npz", params), tmp_path / "out", dtype=dtype)
+    convert_big_vision(write(tmp_path / "original.npz", params), tmp_path / "out", dtype=dtype)
     model = SiglipModel.from_pretrained(tmp_path / "out", dtype="auto")
     assert model.dtype == (torch.float16 if dtype == "float16" else dtype)
     expected = torch.from_numpy(params["txt/head/kernel"]).T.to(model.dtype)
@@ -220,32 +254,32 @@ def test_weights_are_saved_in_the_dtype_asked_for(tmp_path, params, dtype):
 def test_bfloat16_originals_are_read_and_values_too_large_refused(tmp_path, params):
     half = {name: torch.from_numpy(value).bfloat16() for name, value in params.items()}
     raw = {name: value.view(torch.int16).numpy().view("V2") for name, value in half.items()}
-    convert(write(tmp_path / "half.npz", raw), tmp_path / "out")
+    convert_big_vision(write(tmp_path / "half.npz", raw), tmp_path / "out")
     weight = SiglipModel.from_pretrained(tmp_path / "out").text_model.head.weight
     assert torch.equal(weight, half["txt/head/kernel"].float().T)
 
     large = params | {"txt/head/kernel": np.full_like(params["txt/head/kernel"], 1e6)}
     with pytest.raises(ValueError, match=r"txt/head/kernel cannot be saved in torch\.float16: .* 1e\+06"):
-        convert(write(tmp_path / "large.npz", large), tmp_path / "large", dtype="float16")
+        convert_big_vision(write(tmp_path / "large.npz", large), tmp_path / "large", dtype="float16")
     with pytest.raises(ValueError, match="dtype='int8' cannot be saved"):
-        convert(tmp_path / "large.npz", tmp_path / "large", dtype="int8")
+        convert_big_vision(tmp_path / "large.npz", tmp_path / "large", dtype="int8")
 
 
 def test_an_earlier_output_is_replaced_only_if_told(tmp_path, params):
     file = write(tmp_path / "original.npz", params)
-    convert(file, tmp_path / "out")
+    convert_big_vision(file, tmp_path / "out")
     before = (tmp_path / "out" / "model.safetensors").read_bytes()
     with pytest.raises(ValueError, match="out is not empty"):
-        convert(file, tmp_path / "out")
+        convert_big_vision(file, tmp_path / "out")
     (tmp_path / "out" / "stale.bin").touch()
-    convert(file, tmp_path / "out", overwrite=True)
+    convert_big_vision(file, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
     assert not (tmp_path / "out" / "stale.bin").exists()
 
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").touch()
     with pytest.raises(ValueError, match=r"has no config\.json"):
-        convert(file, tmp_path / "home", overwrite=True)
+        convert_big_vision(file, tmp_path / "home", overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "original.npz", "out"]
 
 
@@ -255,14 +289,14 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, params, monkeypatch):
 
     monkeypatch.setattr(SiglipModel, "save_pretrained", fail)
     with pytest.raises(OSError, match="disk full"):
-        convert(write(tmp_path / "original.npz", params), tmp_path / "out")
+        convert_big_vision(write(tmp_path / "original.npz", params), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["original.npz"]
 
 
 def test_the_tokenizer_is_taken_along(tmp_path, params):
     file = write(tmp_path / "original.npz", params)
     vocabulary = train_vocabulary(tmp_path, "c4", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
-    convert(file, tmp_path / "out", tokenizer=vocabulary)
+    convert_big_vision(file, tmp_path / "out", tokenizer=vocabulary)
     assert (tmp_path / "out" / "spiece.model").read_bytes() == vocabulary.read_bytes()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
@@ -272,11 +306,11 @@ def test_the_tokenizer_is_taken_along(tmp_path, params):
 
     other = train_vocabulary(tmp_path, "other", pieces=28)
     with pytest.raises(ValueError, match="has 28 pieces, but the checkpoint embeds 30"):
-        convert(file, tmp_path / "again", tokenizer=other)
+        convert_big_vision(file, tmp_path / "again", tokenizer=other)
     with pytest.raises(ValueError, match="is no SentencePiece model"):
-        convert(file, tmp_path / "again", tokenizer=file)
+        convert_big_vision(file, tmp_path / "again", tokenizer=file)
     with pytest.raises(ValueError, match="is no file"):
-        convert(file, tmp_path / "again", tokenizer=tmp_path / "absent.model")
+        convert_big_vision(file, tmp_path / "again", tokenizer=tmp_path / "absent.model")
 
 
 def test_the_tokenizer_of_siglip2_lowercases_and_ends_in_eos(tmp_path):
@@ -285,7 +319,7 @@ def test_the_tokenizer_of_siglip2_lowercases_and_ends_in_eos(tmp_path):
     options |= {"byte_fallback": True, "add_dummy_prefix": False, "remove_extra_whitespaces": False}
     vocabulary = train_vocabulary(tmp_path, "gemma", pieces=310, normalization_rule_name="identity", **options)
     params = reference.random_params(reference.Sizes(naflex=True, vocabulary=310))
-    convert(write(tmp_path / "original.npz", params), tmp_path / "out", tokenizer=vocabulary)
+    convert_big_vision(write(tmp_path / "original.npz", params), tmp_path / "out", tokenizer=vocabulary)
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
     expected = [*pieces.encode("a <table> photo, cat"), 1]
     ids = AutoTokenizer.from_pretrained(tmp_path / "out")("A <table> Photo, CAT", padding="max_length", max_length=20)

@@ -19,7 +19,7 @@ from transformers import pipeline
 import siglip_hf
 from siglip_hf.cli.main import main
 from siglip_hf.integrations import onnx as export_module
-from siglip_hf.integrations.onnx import OnnxSiglip, export, onnx_classifier
+from siglip_hf.integrations.onnx import OnnxSiglip, export_onnx, onnx_classifier
 from siglip_hf.preprocessing.image_processing_siglip import SiglipImageProcessor
 from tiny import shaken, tiny_config, tiny_inputs
 from tiny_checkpoint import write_tiny_checkpoint
@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory):
 def exported(checkpoint):
     """(model, folder, what `export` returned)."""
     folder = checkpoint.with_name("onnx")
-    return siglip_hf.SiglipModel.from_pretrained(checkpoint), folder, export(checkpoint, folder)
+    return siglip_hf.SiglipModel.from_pretrained(checkpoint), folder, export_onnx(checkpoint, folder)
 
 
 @pytest.fixture
@@ -164,7 +164,7 @@ def test_inputs_of_another_size_are_refused(exported):
 
 def test_an_export_in_half_precision(tmp_path):
     model = tiny_model()
-    result = export(model, tmp_path / "half", dtype="float16", opset=18)
+    result = export_onnx(model, tmp_path / "half", dtype="float16", opset=18)
     assert 0.999 < min(result.cosines.values()) < 1
     assert sorted(path.name for path in result.folder.iterdir()) == ["config.json", "text.onnx", "vision.onnx"]
     with pytest.raises(ValueError, match="half has no tokenizer or image processor"):
@@ -201,7 +201,7 @@ def test_a_difference_is_refused_with_its_measure(tmp_path, monkeypatch, exporte
         cosine = (tower(pictures) * OnnxSiglip(exported[1]).encode_image(pictures)).sum(-1).min().item()
     assert cosine < 0.9
     with pytest.raises(ValueError, match=r"vision tower .* at least 0\.9999 is needed in float32") as raised:
-        export(other, tmp_path / "out")
+        export_onnx(other, tmp_path / "out")
     measured = re.search(r"the lowest cosine is (\S+),", str(raised.value))
     assert float(measured[1]) == pytest.approx(cosine, abs=1e-5)
     assert list(tmp_path.iterdir()) == []
@@ -213,23 +213,23 @@ def test_embeddings_that_are_not_finite_are_refused(tmp_path, monkeypatch, expor
     monkeypatch.setattr(export_module, "_to_onnx", given_file(exported[1] / "vision.onnx"))
     monkeypatch.setattr(export_module, "_run", lambda session, values: np.full((5, 32), value, np.float32))
     with pytest.raises(ValueError, match=r"the lowest cosine is nan, at least 0\.999 is needed in float16"):
-        export(tiny_model(), tmp_path / "out", dtype=torch.float16)
+        export_onnx(tiny_model(), tmp_path / "out", dtype=torch.float16)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_user_mistakes_are_named(exported, tmp_path):
     model, folder, _ = exported
     with pytest.raises(ValueError, match=r"dtype=torch\.bfloat16 cannot be exported"):
-        export(model, tmp_path / "out", dtype=torch.bfloat16)
+        export_onnx(model, tmp_path / "out", dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="opset=17 cannot be exported; give one of 18 to 23"):
-        export(model, tmp_path / "out", opset=17)
+        export_onnx(model, tmp_path / "out", opset=17)
     with pytest.raises(ValueError, match="a SiglipTextModel cannot be exported"):
-        export(model.text_model, tmp_path / "out")
+        export_onnx(model.text_model, tmp_path / "out")
     processor = types.SimpleNamespace(image_processor=SiglipImageProcessor(size={"height": 48, "width": 48}))
     with pytest.raises(ValueError, match=r"resizes pictures to .*48.*, but the model takes \[32, 32\]"):
-        export(model, tmp_path / "out", processor=processor)
+        export_onnx(model, tmp_path / "out", processor=processor)
     with pytest.raises(ValueError, match="onnx is not empty"):
-        export(model, folder)
+        export_onnx(model, folder)
     with pytest.raises(ValueError, match=r"has no vision\.onnx; make it with `siglip-hf export"):
         OnnxSiglip(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -238,7 +238,7 @@ def test_user_mistakes_are_named(exported, tmp_path):
 def test_the_extra_to_install_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="onnx, onnxscript, onnxruntime: pip install onnx"):
-        export("any", tmp_path / "out")
+        export_onnx("any", tmp_path / "out")
     assert main(["export", "any", str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err.startswith("siglip-hf: this needs onnx, onnxscript, onnxruntime: pip install")
 

@@ -20,6 +20,7 @@ from siglip_hf.extras import missing
 from siglip_hf.inference.classify import load_classifier
 from siglip_hf.inference.optimize.optimization import optimize
 from siglip_hf.inference.pooling_map import pooling_attention
+from siglip_hf.loading import from_checkpoint
 
 #: In front of a model's name: it is one of open_clip.
 OPEN_CLIP = "open_clip:"
@@ -96,10 +97,10 @@ class ClipScorer(Scorer):
     def __init__(self, name: str, device: str | None = None):
         from transformers import AutoModel, AutoProcessor
 
-        self._model = AutoModel.from_pretrained(name).eval()
+        self._model = from_checkpoint(AutoModel, name).eval()
         if not hasattr(self._model, "get_image_features") or not hasattr(self._model, "get_text_features"):
             raise ValueError(f"it is a {type(self._model).__name__}, which does not compare pictures with texts.")
-        self._processor = AutoProcessor.from_pretrained(name)
+        self._processor = from_checkpoint(AutoProcessor, name)
         if device:
             self._model.to(device)
         super().__init__(name, self._model)
@@ -167,13 +168,15 @@ def load_scorer(name: str, device: str | None = None) -> Scorer:
         if name.startswith(OPEN_CLIP):
             kind = OpenClipScorer
         else:
-            is_siglip = AutoConfig.from_pretrained(name).model_type.startswith("siglip")
+            is_siglip = from_checkpoint(AutoConfig, name).model_type.startswith("siglip")
             kind = SiglipScorer if is_siglip else ClipScorer
         scorer = kind(name, device)
         # A model that cannot answer should say so now; and the first answer shown should not pay for warming up.
         scorer.logits(Image.new("RGB", (64, 64)), ["a text"])
         return scorer
     except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if str(error).startswith("cannot load"):
+            raise
         raise ValueError(
             f"cannot load {name!r}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         ) from error

@@ -20,10 +20,10 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
 ) -> None:
     """Turn a checkpoint of the original code into a folder that transformers loads."""
-    from siglip_hf.integrations.big_vision import convert as convert_checkpoint
+    from siglip_hf.integrations.big_vision import convert_big_vision
 
     folder = _folder(out, output)
-    result = convert_checkpoint(
+    result = convert_big_vision(
         checkpoint, folder, preset=preset, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite
     )
     name = result.preset or "the shapes are those of no published checkpoint"
@@ -39,10 +39,10 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
 ) -> None:
     """Write both towers as ONNX files; refused if their embeddings are not PyTorch's."""
-    from siglip_hf.integrations.onnx import export as export_model
+    from siglip_hf.integrations.onnx import export_onnx
 
     folder = _folder(out, output)
-    result = export_model(model, folder, dtype=dtype, opset=opset, overwrite=overwrite)
+    result = export_onnx(model, folder, dtype=dtype, opset=opset, overwrite=overwrite)
     cosines = ", ".join(f"{tower}.onnx {cosine:.7f}" for tower, cosine in result.cosines.items())
     print(f"{folder}: lowest cosine to PyTorch: {cosines}")
 

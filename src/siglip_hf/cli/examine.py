@@ -117,6 +117,9 @@ def _cpuinfo() -> dict[str, str]:
 
 def registered() -> dict[str, dict[str, str]]:
     """What each Auto class and the pipeline give for SigLIP: {"AutoModel": {"siglip": "module.Class"}}."""
+    from siglip_hf.registration import register
+
+    register()
     auto = "transformers.models.auto"
     configs = importlib.import_module(f"{auto}.configuration_auto").CONFIG_MAPPING
     table: dict[str, dict[str, str]] = {"AutoConfig": {kind: _path(configs[kind]) for kind in _MODEL_TYPES}}
@@ -211,11 +214,12 @@ def speed() -> dict[str, Any]:
     """
     import dataclasses
 
-    from siglip_hf import SiglipModel, default_checkpoint, optimize
+    from siglip_hf.inference.optimize.optimization import optimize
+    from siglip_hf.loading import default_checkpoint, load_model
 
     try:
         with _silence():
-            return dataclasses.asdict(optimize(SiglipModel.from_pretrained(default_checkpoint()).eval()).optimization)
+            return dataclasses.asdict(optimize(load_model(default_checkpoint())).optimization)
     except Exception as error:  # whatever goes wrong is the finding
         return {"reason": _one_line(error)}
 

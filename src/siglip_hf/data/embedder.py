@@ -18,6 +18,7 @@ from siglip_hf.data.sources import Record, Source, open_source
 from siglip_hf.files import parse_json, sha256_of_files
 from siglip_hf.inference.label_bank import check_characters
 from siglip_hf.inference.optimize.optimization import multiplies_bfloat16, optimize
+from siglip_hf.loading import default_checkpoint, load_checkpoint, pick_device
 from siglip_hf.parallel import PIXELS, one_torch_thread, prefetch, usable_cores
 from siglip_hf.preprocessing.image_intake import load_picture
 
@@ -94,16 +95,15 @@ class SiglipEmbedder:
         Raises:
             ValueError: if there is no such checkpoint, device or dtype, or the checkpoint is no SigLIP.
         """
-        from siglip_hf import default_checkpoint
-
         if batch_size < 1 or (workers is not None and workers < 1):
             raise ValueError(f"batch_size={batch_size} and workers={workers} must be at least 1.")
         self.name = os.fspath(model) if model is not None else default_checkpoint()
-        self.device = _device(device)
+        self.device = pick_device(device)
         self.dtype = _dtype(dtype, self.device)
         self.batch_size, self.fast = batch_size, fast
         self.workers = workers or usable_cores()
-        self.model, self.processor = _load(self.name, self.dtype, self.device)
+        self.model, self.processor = load_checkpoint(self.name, dtype=self.dtype, fast_pictures=True)
+        self.model.to(self.device)
         if fast and self.device.type == "cpu" and self.dtype != torch.float16:
             optimize(self.model, self.dtype)
             self.dtype = self.model.dtype
@@ -333,17 +333,6 @@ def _unit(embeds: torch.Tensor) -> np.ndarray:
     return torch.nn.functional.normalize(embeds.float(), dim=-1).cpu().numpy()
 
 
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    try:
-        chosen = torch.device(device)
-        torch.empty(0, device=chosen)
-        return chosen
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
-
-
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
     if dtype is None:
         return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
@@ -358,30 +347,6 @@ def _computes_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and multiplies_bfloat16()
-
-
-def _load(name: str, dtype: torch.dtype, device: torch.device) -> tuple[Any, Any]:
-    """Model and processor of a checkpoint."""
-    import transformers
-
-    import siglip_hf
-    from siglip_hf.inference.pipeline import is_siglip_of_this_package
-
-    if os.path.isdir(name):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here; nothing is to be asked of the network
-    try:
-        model = transformers.AutoModel.from_pretrained(name, dtype=dtype)
-        if not is_siglip_of_this_package(model):
-            raise ValueError(f"it is a {type(model).__name__}, not a SigLIP model of this package")
-        processor = transformers.AutoProcessor.from_pretrained(name)
-        is_naflex = isinstance(model, siglip_hf.Siglip2Model)
-        image_class = siglip_hf.Siglip2ImageProcessorFast if is_naflex else siglip_hf.SiglipImageProcessorFast
-        processor.image_processor = image_class.from_pretrained(name)
-        processor.check_fits(model)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"cannot load {name!r}: {reason}") from error
-    return model.to(device).eval(), processor
 
 
 def _weights_sha256(name: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from siglip_hf.files import parse_json, text_lines
 from siglip_hf.inference.optimize.optimization import optimize
 from siglip_hf.inference.pipeline import SiglipZeroShotImageClassificationPipeline
+from siglip_hf.loading import load_checkpoint, pick_device
 from siglip_hf.parallel import prefetch
 from siglip_hf.preprocessing.image_intake import PictureError
 
@@ -76,28 +77,27 @@ def read_truth_file(path: str | Path) -> dict[str, str]:
 
 
 def load_classifier(
-    model: str, device: str | None = None, fast: bool = False
+    model: str | None = None, device: str | None = None, fast: bool = False
 ) -> SiglipZeroShotImageClassificationPipeline:
     """The zero-shot pipeline of a SigLIP checkpoint.
 
     Args:
-        model: name or folder of the checkpoint.
+        model: name or folder of the checkpoint; the embedded one if None.
         device: where it computes; the first accelerator by default.
         fast: on a CPU, make it faster (`siglip_hf.optimize`), which rounds the scores to the dtype that it picks.
 
     Raises:
-        ValueError: if there is no such checkpoint, or it is not a SigLIP that this package serves.
+        ValueError: if there is no such device or checkpoint, or it is not a SigLIP that this package serves.
     """
-    import transformers
-
-    if os.path.isdir(model):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here; nothing is to be asked of the network
-    try:
-        classifier = transformers.pipeline("zero-shot-image-classification", model=model, device=device)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"cannot load {model!r}: {_first_line(error)}") from error
-    if not isinstance(classifier, SiglipZeroShotImageClassificationPipeline):
-        raise ValueError(f"{model!r} is a {type(classifier.model).__name__}, not a SigLIP model of this package.")
+    where = pick_device(device)
+    loaded, processor = load_checkpoint(model)
+    classifier = SiglipZeroShotImageClassificationPipeline(
+        task="zero-shot-image-classification",
+        model=loaded,
+        tokenizer=processor.tokenizer,
+        image_processor=processor.image_processor,
+        device=where,
+    )
     if fast:
         optimize(classifier.model)
     return classifier
@@ -178,7 +178,3 @@ def accuracy(results: Iterable[Classified]) -> tuple[int, int]:
     """How many best labels are right, and of how many pictures with a known label."""
     judged = [result for result in results if result.truth is not None and result.labels]
     return sum(result.labels[0]["label"] == result.truth for result in judged), len(judged)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

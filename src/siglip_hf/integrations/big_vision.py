@@ -11,20 +11,21 @@ import math
 import os
 import re
 import shutil
-import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from siglip_hf.files import check_output_folder, new_folder
 from siglip_hf.models.configuration_siglip import PRESETS, SiglipConfig
 from siglip_hf.models.configuration_siglip2 import NAFLEX_PRESETS, Siglip2Config
+from siglip_hf.models.modeling_siglip import SiglipModel
+from siglip_hf.models.modeling_siglip2 import Siglip2Model
+from siglip_hf.registration import register
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -40,7 +41,7 @@ _Convert = Callable[[torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Converted:
-    """What `convert` made.
+    """What `convert_big_vision` made.
 
     Attributes:
         folder: Where it is.
@@ -72,7 +73,7 @@ class _Rule:
     convert: _Convert
 
 
-def convert(
+def convert_big_vision(
     npz_path: str | os.PathLike[str],
     output_folder: str | os.PathLike[str],
     *,
@@ -118,7 +119,8 @@ def convert(
     _check_tree(tree, rules, Path(npz_path), preset)
     state_dict = {rule.target: _apply(rule, tree).to(torch_dtype) for rule in rules}
     _check_finite(state_dict, tree, rules)
-    model_class: Any = MODEL_MAPPING[type(config)]
+    register()
+    model_class: Any = Siglip2Model if isinstance(config, Siglip2Config) else SiglipModel
     model = model_class.from_pretrained(None, config=config, state_dict=state_dict, dtype=torch_dtype)
     with new_folder(output_folder, overwrite=overwrite, marker="config.json") as folder:
         model.save_pretrained(folder)
@@ -145,27 +147,51 @@ def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 def _read_tree(path: Path) -> dict[str, torch.Tensor]:
     """All tensors by their name in the tree (without "params/"), scanned blocks taken apart."""
+    tree: dict[str, torch.Tensor] = {}
+    for key, array in _read_arrays(path):
+        name = key.removeprefix("params/")
+        tensor = _to_tensor(array, name)
+        scanned = "/encoderblock/" in name and tensor.ndim > 0
+        parts = (
+            {name.replace("/encoderblock/", f"/encoderblock_{i}/"): part for i, part in enumerate(tensor)}
+            if scanned
+            else {name: tensor}
+        )
+        if twice := sorted(parts.keys() & tree.keys()):
+            raise ValueError(f"{path} holds {_abridged(twice)} twice, scanned and one by one")
+        tree.update(parts)
+    return tree
+
+
+def _read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The arrays of an .npz file, one by one; damage is a ValueError that names the file and the array."""
     try:
         archive = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except OSError:
+        raise
+    except Exception as error:  # BadZipFile, zlib.error, TokenError, EOFError, ...: what the damage happens to hit
         raise ValueError(f"{path} is no .npz file of the original code: {error}") from error
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError(f"{path} holds a single array; give an .npz file of the original code")
-    tree: dict[str, torch.Tensor] = {}
     with archive:
-        for key in archive.files:
-            name = key.removeprefix("params/")
-            tensor = _to_tensor(archive[key], name)
-            scanned = "/encoderblock/" in name and tensor.ndim > 0
-            parts = (
-                {name.replace("/encoderblock/", f"/encoderblock_{i}/"): part for i, part in enumerate(tensor)}
-                if scanned
-                else {name: tensor}
-            )
-            if twice := sorted(parts.keys() & tree.keys()):
-                raise ValueError(f"{path} holds {_abridged(twice)} twice, scanned and one by one")
-            tree.update(parts)
-    return tree
+        for entry in archive.zip.infolist():
+            try:
+                with archive.zip.open(entry) as file:
+                    _check_declared_size(file, entry.file_size)
+                with archive.zip.open(entry) as file:
+                    array = np.lib.format.read_array(file, allow_pickle=False)
+            except Exception as error:
+                raise ValueError(f"{path} is damaged: {entry.filename} cannot be read ({error!r})") from error
+            yield entry.filename.removesuffix(".npy"), array
+
+
+def _check_declared_size(file: Any, size: int) -> None:
+    """Compares the shape that an array declares with the bytes it has, before memory is taken for it."""
+    version = np.lib.format.read_magic(file)
+    header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, _, dtype = header(file)
+    if math.prod(shape) * dtype.itemsize > size:
+        raise ValueError(f"its shape {shape} in {dtype} is more than its {size} bytes")
 
 
 def _to_tensor(array: np.ndarray, name: str) -> torch.Tensor:
@@ -533,4 +559,6 @@ def _write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-__all__ = ["Converted", "convert"]
+convert = convert_big_vision  # its name in version 0.1
+
+__all__ = ["Converted", "convert", "convert_big_vision"]

@@ -24,6 +24,7 @@ from torch import nn
 from siglip_hf import extras
 from siglip_hf._version import __version__
 from siglip_hf.files import check_output_folder, new_folder
+from siglip_hf.loading import from_checkpoint, load_model, load_processor
 from siglip_hf.models.configuration_siglip import SiglipConfig, as_pair
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ _TRACED, _CHECKED = 2, 5
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote.
+    """What `export_onnx` wrote.
 
     Attributes:
         folder: Where it is.
@@ -58,7 +59,7 @@ class Exported:
     metadata: dict[str, Any]
 
 
-def export(
+def export_onnx(
     model: Any,
     output_folder: str | os.PathLike[str],
     *,
@@ -101,7 +102,9 @@ def export(
         raise ValueError(f"opset={opset} cannot be exported; give one of {OPSETS[0]} to {OPSETS[-1]}")
     check_output_folder(output_folder, overwrite=overwrite, marker=_FILES["vision"])
     if isinstance(model, str | os.PathLike):
-        model, processor = _load(model, processor)
+        folder_or_name = model
+        model = load_model(folder_or_name, dtype=torch.float32)
+        processor = load_processor(folder_or_name, model) if processor is None else processor
     _check_model(model)
 
     metadata = _metadata(model, processor, torch_dtype)
@@ -161,7 +164,7 @@ class OnnxSiglip(nn.Module):
         """Opens an export.
 
         Args:
-            folder: What `export` wrote.
+            folder: What `export_onnx` wrote.
             providers: Names of ONNX Runtime's execution providers, in order of preference; all available by default.
             num_threads: CPU threads per tower; ONNX Runtime chooses by default.
 
@@ -175,7 +178,7 @@ class OnnxSiglip(nn.Module):
         for file in (*_FILES.values(), "config.json"):
             if not (folder / file).is_file():
                 raise ValueError(f"{folder} has no {file}; make it with `siglip-hf export MODEL {folder}`")
-        self.config = SiglipConfig.from_pretrained(folder)
+        self.config = from_checkpoint(SiglipConfig, folder)
         sessions = {tower: _session(folder / file, providers, num_threads) for tower, file in _FILES.items()}
         properties = sessions["vision"].get_modelmeta().custom_metadata_map
         self.metadata: dict[str, Any] = {key: json.loads(value) for key, value in properties.items()}
@@ -228,7 +231,7 @@ def onnx_classifier(folder: str | os.PathLike[str], **options: Any) -> SiglipZer
     """The zero-shot pipeline on an export.
 
     Args:
-        folder: What `export` wrote, with the processor's files in it.
+        folder: What `export_onnx` wrote, with the processor's files in it.
         **options: As of `OnnxSiglip`.
 
     Raises:
@@ -249,8 +252,8 @@ def onnx_classifier(folder: str | os.PathLike[str], **options: Any) -> SiglipZer
     return SiglipZeroShotImageClassificationPipeline(
         task="zero-shot-image-classification",
         model=model,
-        tokenizer=AutoTokenizer.from_pretrained(folder),
-        image_processor=AutoImageProcessor.from_pretrained(folder),
+        tokenizer=from_checkpoint(AutoTokenizer, folder),
+        image_processor=from_checkpoint(AutoImageProcessor, folder),
     )
 
 
@@ -310,13 +313,6 @@ def _require_packages(*names: str) -> None:
 
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise extras.missing(f"this needs {', '.join(missing)}", "export")
-
-
-def _load(name: str | os.PathLike[str], processor: Any) -> tuple[Any, Any]:
-    from transformers import AutoModel, AutoProcessor
-
-    model = AutoModel.from_pretrained(name, dtype=torch.float32)
-    return model, AutoProcessor.from_pretrained(name) if processor is None else processor
 
 
 def _check_model(model: Any) -> None:
@@ -417,4 +413,6 @@ def _lowest_cosine(embeds: np.ndarray, expected: np.ndarray) -> float:
     return float(cosines.min())
 
 
-__all__ = ["DEFAULT_OPSET", "MIN_COSINE", "Exported", "OnnxSiglip", "export", "onnx_classifier"]
+export = export_onnx  # its name in version 0.1
+
+__all__ = ["DEFAULT_OPSET", "MIN_COSINE", "Exported", "OnnxSiglip", "export", "export_onnx", "onnx_classifier"]

@@ -73,8 +73,9 @@ class _SiglipTowerConfig(_SiglipConfigMixin, PreTrainedConfig):
             ("num_attention_heads", 1),
             ("num_hidden_layers", 0),
         ):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value!r}")
         if self.hidden_act not in ACT2FN:
             near = difflib.get_close_matches(self.hidden_act, ACT2FN, n=3, cutoff=0.4)
             raise ValueError(f"there is no hidden_act {self.hidden_act!r}; the nearest are {near}")

@@ -16,6 +16,8 @@ from typing import Any
 from siglip_hf.data.sources import Source, open_source
 from siglip_hf.extras import missing
 from siglip_hf.files import new_file, sha256, write_json
+from siglip_hf.integrations.peft import lora_config
+from siglip_hf.loading import load_checkpoint
 from siglip_hf.training.pairs import check_templates, picture_key, stable_number, training_pairs
 from siglip_hf.training.settings import SCHEDULES, TrainSettings
 
@@ -152,7 +154,7 @@ def run_training(
     if settings.fsdp and args.world_size == 1:
         raise ValueError("fsdp shards a model over processes, and there is one; start several with torchrun.")
 
-    model, processor = _load_model(settings.model)
+    model, processor = load_checkpoint(settings.model, dtype="float32")
     store = _lock(model, processor, settings, source, args, on_progress)
     if settings.lora:
         model = _with_adapters(model, settings)
@@ -301,26 +303,6 @@ def _claim_output(output: Path, settings: TrainSettings, facts: dict[str, Any], 
         write_json(path, wanted)
 
 
-def _load_model(name: str | None) -> tuple[Any, Any]:
-    """A SigLIP model in float32 and its processor."""
-    import torch
-    from transformers import AutoModel, AutoProcessor
-
-    from siglip_hf import default_checkpoint
-
-    name = name or default_checkpoint()
-    if os.path.isdir(name):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here; nothing is to be asked of the network
-    try:
-        model = AutoModel.from_pretrained(name, dtype=torch.float32)
-        processor = AutoProcessor.from_pretrained(name)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"cannot load {name!r}: {str(error).strip().splitlines()[0]}") from error
-    if not type(model).__module__.startswith("siglip_hf.") or not hasattr(model, "logit_scale"):
-        raise ValueError(f"{name!r} is a {type(model).__name__}, not a SigLIP model with both towers.")
-    return model, processor
-
-
 def _lock(
     model: Any,
     processor: Any,
@@ -352,14 +334,14 @@ def _lock(
 def _with_adapters(model: Any, settings: TrainSettings) -> Any:
     """The model with LoRA adapters; frozen towers get none that are trained."""
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
     except ImportError as error:
         raise ImportError("lora needs peft: pip install peft") from error
     from siglip_hf.training.locked import freeze
 
     if settings.fsdp:
         raise ValueError("lora and fsdp are both given; adapters are small, so leave out fsdp.")
-    adapted = get_peft_model(model, LoraConfig(r=settings.lora))
+    adapted = get_peft_model(model, lora_config(model, r=settings.lora))
     if settings.freeze:
         freeze(adapted.get_base_model(), settings.freeze)
     return adapted
