@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, cast
 
 from siglip_hf.private_tables import fill_private_tables
 
@@ -57,7 +58,7 @@ def register() -> None:
         if classifier_class is not None:
             # Not through AutoModelForImageClassification, which takes one configuration for a model; the classifier
             # has two, since a vision tower alone will do.
-            MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(config_class, classifier_class, exist_ok=True)
+            MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(config_class, cast(Any, classifier_class), exist_ok=True)
 
     for config_class in (first.SiglipConfig, first.SiglipTextConfig):
         # The first call makes the class known by its name. After the second, whoever asks for "SiglipTokenizer" gets

@@ -238,7 +238,7 @@ def test_commands_say_that_they_use_the_embedded_checkpoint(run, folder, capsys,
 
 def test_version_and_help_load_no_torch():
     script = (
-        "import sys\nfrom siglip_hf.cli.main import main\n"
+        "import sys\nfrom siglip_hf_command import main\n"
         "code = main(sys.argv[1:])\nassert not {'torch', 'transformers', 'numpy'} & set(sys.modules)\nsys.exit(code)"
     )
     for arguments, expected in ((["--version"], f"siglip-hf {siglip_hf.__version__}\n"), (["--help"], "classify")):

@@ -135,7 +135,7 @@ def test_the_command_line_exports_and_classifies(checkpoint, exported, picture, 
         calls.append((model, output, options))
         return exported[2]
 
-    monkeypatch.setattr(export_module, "export", record)
+    monkeypatch.setattr(export_module, "export_onnx", record)
     assert main(["export", str(checkpoint), str(tmp_path / "out"), "--dtype", "float16", "--opset", "18"]) == 0
     assert calls == [
         (str(checkpoint), tmp_path / "out", {"dtype": "float16", "opset": 18, "overwrite": False}),
@@ -252,7 +252,7 @@ def test_the_snippets_of_the_page_run(checkpoint, exported, picture, tmp_path, m
     picture.save("cat.png")
     # The page's first step is the fixture's; tracing it once more would tell nothing.
     monkeypatch.setattr(
-        export_module, "export", lambda model, output, **_: shutil.copytree(exported[1], output) and exported[2]
+        siglip_hf, "export_onnx", lambda model, output, **_: shutil.copytree(exported[1], output) and exported[2]
     )
     names: dict = {}
     for snippet in snippets:

@@ -174,6 +174,7 @@ def _read_arrays(path: Path) -> Iterator[tuple[str, np.ndarray]]:
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError(f"{path} holds a single array; give an .npz file of the original code")
     with archive:
+        assert archive.zip is not None
         for entry in archive.zip.infolist():
             try:
                 with archive.zip.open(entry) as file:

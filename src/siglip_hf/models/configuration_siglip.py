@@ -125,7 +125,11 @@ class SiglipTextConfig(_SiglipTowerConfig):
         """Replaces the base check, which warns about the bos and eos ids of every published configuration."""
 
     def check(self) -> None:
-        """As of the base class; `pad_token_id` too."""
+        """As of the base class; `pad_token_id` too.
+
+        Raises:
+            ValueError: If the values cannot make a model; the message names them.
+        """
         super().check()
         if self.pad_token_id is not None and not 0 <= self.pad_token_id < self.vocab_size:
             raise ValueError(
@@ -167,7 +171,11 @@ class SiglipVisionConfig(_SiglipTowerConfig):
         return height // patch_height, width // patch_width
 
     def check(self) -> None:
-        """As of the base class; the sizes of picture and patch too."""
+        """As of the base class; the sizes of picture and patch too.
+
+        Raises:
+            ValueError: If the values cannot make a model; the message names them.
+        """
         super().check()
         if self.num_channels < 1:
             raise ValueError(f"num_channels must be at least 1, got {self.num_channels}")

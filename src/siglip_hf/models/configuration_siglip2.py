@@ -66,7 +66,11 @@ class Siglip2VisionConfig(_SiglipTowerConfig):
         return self.patch_size**2 * self.num_channels
 
     def check(self) -> None:
-        """As of the base class; the patches too."""
+        """As of the base class; the patches too.
+
+        Raises:
+            ValueError: If the values cannot make a model; the message names them.
+        """
         super().check()
         if self.num_channels < 1:
             raise ValueError(f"num_channels must be at least 1, got {self.num_channels}")

@@ -11,6 +11,7 @@ from transformers.core_model_loading import (
     Concatenate,
     ConversionOps,
     WeightConverter,
+    WeightRenaming,
     log_conversion_errors,
 )
 
@@ -162,7 +163,7 @@ class KeepPositions(ConversionOps):
         return ResizePositions()
 
 
-def _packed_projections() -> list[WeightConverter]:
+def _packed_projections() -> list[WeightConverter | WeightRenaming]:
     """The pooling head's `in_proj_weight` (3 D, D) and `in_proj_bias` (3 D,) to three linear layers each."""
     return [
         ProjectionsConverter(
@@ -176,7 +177,7 @@ def _packed_projections() -> list[WeightConverter]:
 
 # Class of a submodule -> conversions of its tensors. The names are this package's own (stock has no model of these
 # names), so that stock models in the same process load as before.
-WEIGHT_CONVERSIONS: dict[str, list[WeightConverter]] = {
+WEIGHT_CONVERSIONS: dict[str, list[WeightConverter | WeightRenaming]] = {
     "SiglipAttentionPoolingHead": _packed_projections(),
     "Siglip2AttentionPoolingHead": _packed_projections(),
     "SiglipVisionEmbeddings": [
