@@ -2,6 +2,7 @@
 
 from siglip_hf._version import __version__ as __version__
 from siglip_hf.data.embedder import SiglipEmbedder as SiglipEmbedder
+from siglip_hf.evaluation.verify import verify as verify
 from siglip_hf.inference.optimize.optimization import optimize as optimize
 from siglip_hf.inference.pooling_map import pooling_attention as pooling_attention
 from siglip_hf.integrations.big_vision import convert_big_vision as convert_big_vision
