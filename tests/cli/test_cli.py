@@ -30,6 +30,7 @@ def checkpoint(tmp_path_factory):
 def run(checkpoint, monkeypatch, capsys):
     """Runs a command line with the tiny checkpoint as the embedded one: (exit code, stdout, stderr)."""
     monkeypatch.setattr(siglip_hf, "default_checkpoint", lambda: str(checkpoint))
+    monkeypatch.setattr("siglip_hf.data.embedder.default_checkpoint", lambda: str(checkpoint))
     monkeypatch.setenv("COLUMNS", "200")
 
     def run_line(*arguments):

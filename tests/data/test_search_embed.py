@@ -616,6 +616,7 @@ def run(capsys, *arguments):
 
 def test_the_command(capsys, checkpoint, photos, tmp_path, monkeypatch):
     monkeypatch.setattr(siglip_hf, "default_checkpoint", lambda: str(checkpoint))
+    monkeypatch.setattr("siglip_hf.data.embedder.default_checkpoint", lambda: str(checkpoint))
     out = tmp_path / "emb"
     code, text, errors = run(capsys, "embed", photos, "--out", out)
     assert code == 1
