@@ -73,7 +73,7 @@ def test_all_kinds_of_files_give_the_same_pixels(pixels, png, tmp_path):
         np.testing.assert_array_equal(rgb(file), pixels)
 
 
-def test_url(pixels, png, tmp_path):
+def test_url(pixels, png, tmp_path, monkeypatch):
     (tmp_path / "a.png").write_bytes(png)
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -87,7 +87,13 @@ def test_url(pixels, png, tmp_path):
         np.testing.assert_array_equal(rgb(f"{base}/a.png", timeout=5), pixels)
         with pytest.raises(PictureError, match=r"missing\.png.*404"):
             load_picture(f"{base}/missing.png", timeout=5)
+        monkeypatch.setattr(image_intake, "MOST_BYTES", len(png) - 1)
+        with pytest.raises(PictureError, match="the most that is read"):
+            load_picture(f"{base}/a.png", timeout=5)
         server.shutdown()
+    for url in ("http://127.0.0.1:1/a.png", "http://[", "http://a b/c.png"):
+        with pytest.raises(PictureError, match="the download failed"):
+            load_picture(url, timeout=5)
 
 
 def test_an_rgb_image_is_not_copied(pixels):

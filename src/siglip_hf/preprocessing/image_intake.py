@@ -9,10 +9,12 @@ from __future__ import annotations
 import base64
 import binascii
 import functools
+import http.client
 import io
 import os
 import string
 import struct
+import urllib.request
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -22,7 +24,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 from transformers.image_utils import ChannelDimension, infer_channel_dimension_format
 
-from siglip_hf.files import check_regular_file, read_regular_file
+from siglip_hf.files import MOST_BYTES, check_regular_file, read_regular_file
 from siglip_hf.parallel import PIXELS
 from siglip_hf.preprocessing.sequences import as_list
 
@@ -329,15 +331,16 @@ def _is_identified(content: bytes) -> bool:
 
 
 def _download(url: str, timeout: float | None) -> bytes:
-    # The HTTP client that transformers itself uses; its package has had more than one name.
-    from transformers.image_utils import httpx
-
     try:
-        response = httpx.get(url, timeout=timeout, follow_redirects=True)
-        response.raise_for_status()
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        # Some servers refuse the name that Python gives itself.
+        request = urllib.request.Request(url, headers={"User-Agent": "siglip-hf"})
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            content = response.read(MOST_BYTES + 1)
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise OSError(f"the download failed: {error}") from error
-    return response.content
+    if len(content) > MOST_BYTES:
+        raise OSError(f"it has more than {MOST_BYTES:,} bytes, which is the most that is read")
+    return content
 
 
 def _exists(text: str) -> bool:
