@@ -1,11 +1,16 @@
 """The functions behind the pages; the pages themselves are tried in tests/browser."""
 
 import dataclasses
+import html
+import json
 import os
 import socket
 import struct
+import subprocess
 import sys
 import types
+import urllib.error
+import urllib.request
 import zlib
 from pathlib import Path
 
@@ -288,6 +293,10 @@ class TestCompare:
             (" , ", "{}", "no label"),
             ("cat", "a photo", "no single '{}'"),
             (",".join(map(str, range(201))), "{}", "201 labels are too many"),
+            ("x" * 10_001, "{}", "the labels: 10,001 characters are too many"),
+            ("cat", "{}" + "x" * 500, "the template: 502 characters are too many"),
+            ("cat", "{:>50000000}", "no single '{}'"),
+            ("cat", "{.__class__}", "no single '{}'"),
         ],
     )
     def test_mistakes(self, embedded, labels, template, message):
@@ -308,8 +317,9 @@ class TestMultilingual:
             ("English: , ", "should be a language"),
             ("English: cat, cat", "a label twice"),
             ("English: cat\nEnglish: dog", "'English' has two lines"),
-            ("English: cat, dog\nDeutsch: Katze", "'Deutsch' has 1 labels and 'English' has 2"),
+            ("English: cat, dog\nDeutsch: Katze", "'Deutsch' and 'English' have 1 and 2 labels"),
             ("English: " + ",".join(map(str, range(201))), "201 labels are too many"),
+            ("English: " + "x" * 10_000, "the labels: 10,009 characters are too many"),
         ],
     )
     def test_mistakes(self, text, message):
@@ -408,13 +418,49 @@ class TestSearch:
             search.read_hit(str(tmp_path / "gone.png"))
         assert search.gallery_items([dataclasses.replace(hit, path=None)]) == []
 
-    def test_drawings(self):
-        board = Image.new("RGB", (8, 8), "white")
+    def test_drawings(self, tmp_path):
+        board, path = Image.new("RGBA", (8, 8), (0, 0, 0, 0)), str(tmp_path / "board.png")
         assert search.read_drawing(None) is None
-        assert search.read_drawing({"composite": None}) is None
-        assert search.read_drawing({"composite": board}) is None
-        board.putpixel((1, 1), (255, 255, 0))
-        assert search.read_drawing({"composite": board}).name == "your drawing"
+        board.save(path)
+        assert search.read_drawing(path) is None
+        board.putpixel((1, 1), (255, 255, 0, 255))
+        board.save(path)
+        assert search.read_drawing(path).name == "your drawing"
+
+    def test_a_drawing_larger_than_a_board_is_refused_unread(self, index, tmp_path, monkeypatch):
+        pytest.importorskip("gradio")
+        Image.new("1", (13_000, 13_000)).save(tmp_path / "board.png")
+        monkeypatch.setattr(page, "load_picture", lambda path: pytest.fail("it was decoded"))
+        with pytest.raises(PictureError, match="13000 x 13000 pixels; at most 4 million"):
+            search.read_drawing(str(tmp_path / "board.png"))
+        # The board of the page hands over the file as it came, whatever its size.
+        (board,) = [block for block in search.build(index).blocks.values() if block.elem_id == "draw"]
+        value = board.data_model(composite={"path": str(tmp_path / "board.png")})
+        assert board.preprocess(value) == str(tmp_path / "board.png")
+        assert board.preprocess(None) is board.preprocess(board.data_model()) is None
+
+    @pytest.mark.parametrize(
+        ("query", "message"),
+        [
+            ({"text": "x" * 2001}, "the words: 2,001 characters are too many; at most 2,000"),
+            ({"text": "cat", "not_text": "x" * 2001}, "2,001 characters"),
+            ({"text": "cat", "pattern": "x" * 501}, "the pattern of paths: 501 characters"),
+            ({"text": ["cat"]}, "the words must be a text"),
+            ({"text": "cat", "count": "many"}, "many"),
+            ({"text": "a \udcff"}, "cannot be a text"),
+        ],
+    )
+    def test_limits_are_kept_by_the_server(self, index, query, message):
+        found = search.find(index, **query)
+        assert found.hits == []
+        assert message in html.unescape(found.status)
+
+    def test_the_number_of_results_is_bounded(self, index, monkeypatch):
+        asked = []
+        monkeypatch.setattr(index, "search", lambda *arguments, k, path_filter: asked.append(k) or [])
+        for count in (10**9, 60, 0, -5):
+            search.find(index, text="cat", count=count)
+        assert asked == [60, 60, 1, 1]
 
     def test_an_index_of_texts_is_shown_as_a_list(self, tmp_path):
         index_source = pytest.importorskip("siglip_hf.search.index_source").index_source
@@ -479,10 +525,28 @@ class TestCommand:
             assert cli.main(["app", "compare", "--port", str(port)]) == 2
         assert f"cannot listen on 127.0.0.1, port {port}" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("host", ["203.0.113.7", "no such host"])
-    def test_an_address_of_another_machine(self, host):
-        with pytest.raises(OSError, match=f"cannot listen on {host}, port 7860"):
-            page.free_port(host)
+    def test_an_address_of_another_machine(self):
+        gr = pytest.importorskip("gradio")
+        with gr.Blocks(analytics_enabled=False) as blocks:
+            gr.Markdown("a page")
+        with pytest.raises(OSError, match="cannot listen on no such host, port 7999"):
+            page.serve(blocks, "no such host", 7999, wait=False)
+
+    def test_uploads_go_with_a_page_that_is_terminated(self, tmp_path):
+        """In a process of its own, as a service manager starts and ends it."""
+        pytest.importorskip("gradio")
+        script = "import sys; from siglip_hf.cli.main import main; sys.exit(main(['app', 'compare']))"
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        with subprocess.Popen([sys.executable, "-c", script], env=environment, stdout=subprocess.PIPE) as process:
+            try:
+                assert process.stdout.readline().startswith(b"http://127.0.0.1:")
+                (uploads,) = tmp_path.glob("siglip-hf-*")
+                (uploads / "upload.png").write_bytes(b"private")
+                process.terminate()
+                process.wait(300)
+            finally:
+                process.kill()
+        assert not uploads.exists()
 
     def test_uploads_go_when_the_page_does(self, monkeypatch):
         pytest.importorskip("gradio")
@@ -501,3 +565,48 @@ class TestCommand:
         monkeypatch.delenv("GRADIO_ANALYTICS_ENABLED", raising=False)
         page.import_gradio()
         assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+
+
+class TestServer:
+    """What the server of a page answers to a program."""
+
+    @pytest.fixture(scope="class")
+    def address(self, embedded):
+        pytest.importorskip("gradio")
+        blocks = compare.build([embedded])
+        yield page.serve(blocks, wait=False).rstrip("/")
+        blocks.close(verbose=False)
+
+    def ask(self, address, path, **options):
+        request = urllib.request.Request(address + path, **options)
+        try:
+            with urllib.request.urlopen(request, timeout=60) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    @pytest.mark.parametrize(
+        "path",
+        [
+            *("/monitoring", "/monitoring/summary", "/openapi.json", "/docs", "/gradio_api/openapi.json"),
+            *("/gradio_api/info", "/gradio_api/info/", "/gradio_api/runs", "/gradio_api/vibe-code/", "/nothing"),
+            *("/gradio_api/proxy=http://127.0.0.1/", "/gradio_api/token", "/gradio_api/dev/reload", "/config/../info"),
+        ],
+    )
+    def test_what_no_page_asks_for_is_not_there(self, address, path):
+        assert self.ask(address, path) == (404, '{"detail": "There is nothing here."}')
+
+    def test_a_page_and_its_files_are_there(self, address):
+        for path in ("/", "/config", "/theme.css", "/gradio_api/app_id"):
+            assert self.ask(address, path)[0] == 200, path
+
+    def test_errors_are_in_our_words(self, address):
+        """A file that was not uploaded, and a body that gradio's models refuse."""
+        status, said = self.ask(address, "/gradio_api/file=/etc/passwd")
+        assert (status, json.loads(said)["detail"]) in (
+            (403, "This request cannot be answered."),
+            (404, "There is nothing here."),
+        )
+        headers = {"Content-Type": "application/json"}
+        status, said = self.ask(address, "/gradio_api/queue/join", data=b'{"data": 5}', headers=headers)
+        assert (status, said) == (422, '{"detail": "This request cannot be answered."}')

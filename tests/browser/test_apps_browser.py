@@ -102,6 +102,19 @@ class Page:
             x, y = to_x, to_y
         pen.release().perform()
 
+    def narrow(self, name: str) -> None:
+        """A screenshot as on a telephone; nothing may scroll sideways there."""
+        size = self.driver.get_window_size()
+        metrics = {"width": 390, "height": 1600, "deviceScaleFactor": 1, "mobile": True}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        try:
+            self.screenshot(name)
+            width = self.driver.execute_script("return document.documentElement.scrollWidth")
+            assert width <= 390, f"the page is {width} pixels wide"
+        finally:
+            self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+            self.driver.set_window_size(size["width"], size["height"])
+
     def screenshot(self, name: str, for_docs: bool = False) -> None:
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
         path = SCREENSHOTS / f"{name}.png"
@@ -129,7 +142,7 @@ def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
         "disable-component-update",
         "disable-sync",
         "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-        "window-size=1280,1000",
+        "window-size=1366,1000",
         f"user-data-dir={tmp_path_factory.mktemp('profile')}",
     ):
         options.add_argument(f"--{argument}")
@@ -209,6 +222,16 @@ def assert_all_from_here(shown: Page) -> None:
     assert [url for url in requests if not url.startswith(own)] == []
 
 
+def assert_nothing_is_cropped(shown: Page) -> None:
+    """A caption stands below its picture, and each name is there in full."""
+    for item in shown.all("#gallery .thumbnail-item"):
+        picture = item.find_element(By.TAG_NAME, "img").rect
+        caption = item.find_element(By.CSS_SELECTOR, ".caption-label")
+        assert caption.rect["y"] >= picture["y"] + picture["height"] - 1
+        cut = shown.driver.execute_script("return arguments[0].scrollWidth > arguments[0].clientWidth + 1", caption)
+        assert not cut, caption.text
+
+
 def captions(shown: Page) -> list[str]:
     """Scores and names of the results."""
     return [element.text for element in shown.all("#gallery .caption-label")]
@@ -222,6 +245,8 @@ def test_search_by_words_and_by_a_result(search_page):
     shown.see("#results", "12 of 24 for 'pizza'")
     shown.wait(lambda: captions(shown)[0].endswith("%) pizza.png"), "a pizza")
     shown.screenshot("search-words")
+    assert_nothing_is_cropped(shown)
+    shown.narrow("search-390")
 
     shown.write("#words textarea", " ")
     shown.see("#results", "24 entries")
@@ -237,7 +262,9 @@ def test_search_by_words_and_by_a_result(search_page):
 def test_search_by_drawing_live(search_page):
     shown = search_page
     shown.open()
-    shown.one("#draw button[aria-label=Brush]").click()
+    # The brush is in hand: nobody clicks on a tool first.
+    colour = "return getComputedStyle(document.querySelector('#draw button[aria-label=Brush] svg')).color"
+    shown.wait(lambda: "249, 115, 22" in shown.driver.execute_script(colour), "the brush")
     ring = [(round(60 + 45 * math.cos(i / 2)), round(-60 + 45 * math.sin(i / 2))) for i in range(14)]
     shown.draw(ring)
     shown.see("#results", "12 of 24 for your drawing")
@@ -268,8 +295,12 @@ def test_compare(compare_page):
     shown.open()
     said = shown.see("#results", "siglip-hf-pictures-64", "cat", "ms")  # of the picture it starts with
     assert said.index("cat") < said.index("dog")
+    assert "embedded checkpoint, which knows drawings" in shown.text("body")
+    (share, fit) = (shown.text(f"#results .bar:first-of-type span:last-child {part}".strip()) for part in ("", "small"))
+    assert float(share.split("%")[0]) > float(fit.split("%")[0]), "the share leads"
     assert shown.all("#results img[alt='what the pooling head looks at']")
     shown.screenshot("compare", for_docs=True)
+    shown.narrow("compare-390")
 
     shown.write("#labels textarea", "rocket, strawberry")
     shown.click("#compare")
@@ -302,7 +333,7 @@ def test_compare_survives_what_is_no_picture(compare_page, broken, tmp_path):
     shown.see("#results .problem", "notes.png")
     (tmp_path / "large.png").write_bytes(bytes(21_000_000))
     shown.upload(tmp_path / "large.png")
-    shown.see("body", "maximum allowed size")
+    shown.see("body", "the most that is taken")
     shown.upload(PICTURES["rocket"])
     said = shown.see("#results", "siglip-hf-pictures-64")
     assert said.index("rocket") < said.index("cat")
@@ -321,8 +352,9 @@ def test_multilingual(multilingual_page, broken):
     said = shown.see("#results", "languages say 'rocket'", "ракета", "로켓")
     assert "10 of 10" in said
     shown.screenshot("multilingual", for_docs=True)
+    shown.narrow("multilingual-390")
 
     shown.write("#labels textarea", "Deutsch: Rakete, Katze\nEnglish: rocket")
     shown.click("#compare")
-    shown.see("#results .problem", "'English' has 1 labels")
+    shown.see("#results .problem", "'English' and 'Deutsch' have 1 and 2 labels")
     assert_all_from_here(shown)

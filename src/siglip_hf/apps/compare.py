@@ -1,7 +1,7 @@
 """The page "compare": models side by side on one picture and a list of labels.
 
-SigLIP says for each label on its own whether it fits (sigmoid); CLIP shares 100 % out among the labels (softmax), so
-that something always wins. Both are drawn, with the time of the answer and what SigLIP's pooling head looks at.
+The softmax shares 100 % out among the labels, so that something always wins. SigLIP also says for each label on its own
+whether it fits (sigmoid). Both are drawn, with the time of the answer and what SigLIP's pooling head looks at.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 LABELS = "cat, dog, pizza, rocket, house"
 INTRODUCTION = """
 # Models side by side
-One picture, some labels, and what each model makes of them. **Sigmoid** (SigLIP): does this label fit? Each is asked on
-its own, and none may fit. **Softmax** (CLIP): which of these labels fits best? The shares add up to 100 %, so one wins
-even where none fits: try labels that are all wrong.
+Choose a picture and write some labels; each model says which label fits the picture best.
+
+- **Share** (softmax): which of *these* labels fits best? The shares add up to 100 %, so one wins even where none fits.
+- **Fit** (sigmoid, SigLIP only): does this label fit, asked on its own? Several may, or none. Small numbers are normal.
 """
 
 
@@ -66,10 +67,10 @@ def compare(
     Raises:
         ValueError: for labels or a template that cannot be.
     """
-    names = parse_labels(labels)
+    names = parse_labels(page.limited(labels, "the labels", page.MAX_LABELS_TEXT))
     if len(names) > page.MAX_LABELS:
         raise ValueError(f"{len(names)} labels are too many; at most {page.MAX_LABELS} are taken.")
-    (pattern,) = parse_templates(template)
+    (pattern,) = parse_templates(page.limited(template, "the template", page.MAX_TEMPLATE))
     texts = [pattern.format(name) for name in names]
     answers = []
     for scorer in scorers:
@@ -83,18 +84,20 @@ def compare(
 
 
 def as_card(answer: Answer) -> str:
-    """One answer as HTML: bars, best first, and the heat map."""
+    """One answer as HTML: shares as bars, best first, for SigLIP the sigmoid beneath; and the heat map."""
     scorer, logits = answer.scorer, answer.logits
     scores, shares = scorer.scores(logits).tolist(), logits.softmax(dim=-1).tolist()
     is_sigmoid = scorer.reads_as == "sigmoid"
     bars = [
-        page.bar(answer.labels[i], scores[i], shares[i] if is_sigmoid else None)
+        page.bar(answer.labels[i], shares[i], scores[i] if is_sigmoid else None)
         for i in logits.argsort(descending=True, stable=True).tolist()
     ]
     facts = f"{scorer.reads_as}, {page.short_count(scorer.parameters)} parameters, {answer.seconds * 1000:.0f} ms"
     parts = [f"<h3>{html.escape(scorer.name)}</h3>", page.note(facts), *bars]
     if is_sigmoid:
-        parts.append(page.note("Thin grey bars: the same scores shared out by a softmax, as CLIP's are."))
+        parts.append(
+            page.note("Thick: share (softmax). Thin and grey: does it fit at all (sigmoid); 1 % can be a yes.")
+        )
     if answer.heat_map is not None:
         parts.append(page.inline_picture(answer.heat_map, "what the pooling head looks at"))
         parts.append(page.note("What the pooling head looks at, whatever the label: the brighter, the more."))
@@ -114,27 +117,33 @@ def build(scorers: Sequence[Scorer]) -> gradio.Blocks:
             return page.note("Upload or paste a picture, or take an example.")
         try:
             answers = compare(scorers, page.read_upload(path), labels, template)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return page.problem(error)
         return f'<div class="cards">{"".join(map(as_card, answers))}</div>'
 
     examples = page.demo_pictures()
     with gr.Blocks(title="siglip-hf: compare", analytics_enabled=False) as blocks:
         gr.Markdown(INTRODUCTION)
+        gr.HTML(page.model_line([scorer.source for scorer in scorers]))
         if len(scorers) == 1:
             gr.Markdown(
                 "To see models side by side, start with `--model` twice or more: `siglip-hf app compare --help`."
             )
         with gr.Row():
-            with gr.Column(scale=1, min_width=320):
+            with gr.Column(scale=1, min_width=280):
                 picture = page.upload_box("Picture", value=examples[0], elem_id="picture", height=280)
-                labels = gr.Textbox(LABELS, label="Labels, separated by commas", elem_id="labels", max_length=10_000)
+                labels = gr.Textbox(
+                    LABELS, label="Labels, separated by commas", elem_id="labels", max_length=page.MAX_LABELS_TEXT
+                )
                 template = gr.Textbox(
-                    DEFAULT_TEMPLATE, label="Template, with {} for the label", elem_id="template", max_length=500
+                    DEFAULT_TEMPLATE,
+                    label="Template, with {} for the label",
+                    elem_id="template",
+                    max_length=page.MAX_TEMPLATE,
                 )
                 button = gr.Button("Compare", variant="primary", elem_id="compare")
                 gr.Examples([[path] for path in examples], [picture], examples_per_page=24)
-            with gr.Column(scale=2, min_width=400):
+            with gr.Column(scale=2, min_width=280):
                 results = gr.HTML(elem_id="results")
         inputs = [picture, labels, template]
         gr.on(

@@ -50,9 +50,11 @@ CODES = {
 
 INTRODUCTION = """
 # One picture, many languages
-A line is a language, with the same labels in the same order in each. A model that knows a language finds the right
-label in it; the darker a field, the higher the score. Your own lines may begin with any name, or with a code such as
-`tha_Thai`, which NLLB-CLIP wants to know.
+Choose a picture; the table shows how well each label fits it, in each language. A model that knows a language marks the
+right label in it: the darker a field, the higher its score, and the best of a line has a frame.
+
+To try your own labels, write a line for each language, with the same labels in the same order. A line may begin with
+any name, or with a code such as `tha_Thai`, which NLLB-CLIP wants to know.
 """
 
 
@@ -63,6 +65,7 @@ def parse_lines(text: str) -> dict[str, tuple[str, ...]]:
         ValueError: naming the line that has no language, no labels, a label twice, or not as many as the first line.
     """
     rows: dict[str, tuple[str, ...]] = {}
+    text = page.limited(text, "the labels", page.MAX_LABELS_TEXT)
     for line in filter(None, map(str.strip, text_lines(text))):
         # Chinese and Japanese have a colon and commas of their own.
         language, *labels = (part.strip() for part in re.split("[:：]", line, maxsplit=1))
@@ -80,7 +83,7 @@ def parse_lines(text: str) -> dict[str, tuple[str, ...]]:
     for language, names_of in rows.items():
         if len(names_of) != len(rows[first]):
             raise ValueError(
-                f"{language!r} has {len(names_of)} labels and {first!r} has {len(rows[first])}; each language needs "
+                f"{language!r} and {first!r} have {len(names_of)} and {len(rows[first])} labels; each language needs "
                 "the same labels in the same order."
             )
     if sum(map(len, rows.values())) > page.MAX_LABELS:
@@ -127,7 +130,7 @@ def as_table(scorer: Scorer, picture: Image.Image, rows: dict[str, tuple[str, ..
     facts = f"{scorer.reads_as}, {page.short_count(scorer.parameters)} parameters; {agreement}"
     return (
         f"<section><h3>{html.escape(scorer.name)}</h3>{page.note(facts)}"
-        f"{page.score_table('language', head, lines)}</section>"
+        f'<div class="results">{page.score_table("language", head, lines)}</div></section>'
     )
 
 
@@ -145,19 +148,22 @@ def build(scorers: Sequence[Scorer]) -> gradio.Blocks:
         try:
             rows, picture = parse_lines(lines), page.read_upload(path)
             return "".join(as_table(scorer, picture, rows) for scorer in scorers)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             return page.problem(error)
 
     examples = page.demo_pictures()
     with gr.Blocks(title="siglip-hf: multilingual", analytics_enabled=False) as blocks:
         gr.Markdown(INTRODUCTION)
+        gr.HTML(page.model_line([scorer.source for scorer in scorers]))
         with gr.Row():
-            with gr.Column(scale=1, min_width=320):
+            with gr.Column(scale=1, min_width=280):
                 picture = page.upload_box("Picture", value=examples[0], elem_id="picture", height=240)
-                lines = gr.Textbox(LABELS, label="Labels by language", lines=10, elem_id="labels", max_length=10_000)
+                lines = gr.Textbox(
+                    LABELS, label="Labels by language", lines=10, elem_id="labels", max_length=page.MAX_LABELS_TEXT
+                )
                 button = gr.Button("Compare", variant="primary", elem_id="compare")
                 gr.Examples([[path] for path in examples], [picture], examples_per_page=24)
-            with gr.Column(scale=2, min_width=400):
+            with gr.Column(scale=2, min_width=280):
                 results = gr.HTML(elem_id="results")
         gr.on(
             [picture.change, button.click, blocks.load], answer, [picture, lines], results, trigger_mode="always_last"

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import base64
-import errno
 import html
 import io
 import os
-import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
+from siglip_hf import default_checkpoint
+from siglip_hf.apps.gate import Gate
 from siglip_hf.extras import missing
 from siglip_hf.preprocessing.image_intake import PictureError, load_picture
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 MAX_UPLOAD = "20mb"
 MAX_PIXELS = 50_000_000
 MAX_LABELS = 200
+#: Characters in a field of labels, a template, a query, and a pattern of paths.
+MAX_LABELS_TEXT, MAX_TEMPLATE, MAX_QUERY, MAX_PATTERN = 10_000, 500, 2000, 500
 
 CSS = """
 .cards { display: flex; flex-wrap: wrap; gap: 1rem; }
@@ -30,7 +32,7 @@ CSS = """
   padding: .8rem 1rem; }
 .card h3 { margin: 0 0 .2rem; overflow-wrap: anywhere; }
 .card img { max-width: 100%; margin-top: .6rem; border-radius: 4px; }
-.note { color: var(--body-text-color-subdued); font-size: .9em; }
+.note { color: var(--body-text-color); opacity: .75; font-size: .9em; }
 .problem { color: var(--error-text-color); background: var(--error-background-fill); border-radius: 6px;
   border: 1px solid var(--error-border-color); padding: .5rem .8rem; }
 .bar { display: grid; grid-template-columns: 9rem 1fr 4.5rem; gap: .6rem; align-items: center; margin: .25rem 0; }
@@ -38,8 +40,17 @@ CSS = """
 .bar span:last-child { text-align: right; font-variant-numeric: tabular-nums; }
 .bar i { display: block; height: .9rem; border-radius: 3px; background: var(--primary-500); min-width: 1px; }
 .bar i.pale { height: .35rem; margin-top: 2px; background: var(--neutral-400); }
-#gallery .grid-wrap { max-height: none; overflow: hidden; }
-#gallery .caption-label { left: 0; right: 0; max-width: 100%; border-radius: 0; }
+.bar small { display: block; opacity: .75; }
+.status { font-size: 1rem; margin: 0; }
+#gallery .grid-wrap { max-height: none; overflow: visible; }
+#gallery .grid-container { grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); grid-auto-rows: auto;
+  height: auto; }
+#gallery .thumbnail-item { display: flex; flex-direction: column; height: auto; aspect-ratio: auto; overflow: visible; }
+#gallery .thumbnail-item img { width: 100%; height: auto; aspect-ratio: 1; object-fit: contain; background: #fff; }
+#gallery .caption-label { position: static; max-width: 100%; border: 0; border-radius: 0; background: none;
+  white-space: normal; overflow: visible; overflow-wrap: anywhere; text-align: left; font-size: .85rem;
+  padding: .3rem .4rem; }
+.results { overflow-x: auto; }
 .scores { border-collapse: collapse; width: 100%; }
 .scores th, .scores td { padding: .3rem .5rem; text-align: left; border: 1px solid var(--border-color-primary); }
 .scores small { display: block; font-variant-numeric: tabular-nums; opacity: .8; }
@@ -80,47 +91,34 @@ def serve(
         OSError: if the port is taken or the address is none of this machine's.
     """
     gr = import_gradio()
-    _, address, public = blocks.launch(
-        server_name=host,
-        server_port=free_port(host, port),
-        share=share,
-        max_file_size=MAX_UPLOAD,
-        show_error=True,
-        prevent_thread_lock=True,
-        quiet=True,
-        ssr_mode=False,
-        run_history=False,
-        footer_links=[],
-        theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-        css=CSS,
-    )
+    from starlette.middleware import Middleware
+
+    try:
+        _, address, public = blocks.launch(
+            server_name=host,
+            server_port=port,
+            share=share,
+            max_file_size=MAX_UPLOAD,
+            show_error=False,  # the words of an exception name files of this machine; ours are part of the page
+            prevent_thread_lock=True,
+            quiet=True,
+            ssr_mode=False,
+            run_history=False,
+            enable_monitoring=False,
+            footer_links=[],
+            app_kwargs={"middleware": [Middleware(Gate)], "openapi_url": None},
+            theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            css=CSS,
+        )
+    except OSError as error:
+        ports = f"port {port}" if port else "ports 7860 to 7959"
+        raise OSError(f"cannot listen on {host}, {ports}: taken or not this machine's; see --host, --port.") from error
     print(address, flush=True)
     if public:
         print(public, flush=True)
     if wait:
         blocks.block_thread()
     return address
-
-
-def free_port(host: str, port: int | None = None) -> int:
-    """The port, or the first free one of 7860 to 7959.
-
-    Raises:
-        OSError: if it is taken, or the address is none of this machine's.
-    """
-    taken: OSError | None = None
-    for candidate in [port] if port else range(7860, 7960):
-        try:
-            family, kind, _, _, address = socket.getaddrinfo(host, candidate, type=socket.SOCK_STREAM)[0]
-            with socket.socket(family, kind) as tried:
-                tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                tried.bind(address)
-            return candidate
-        except OSError as error:
-            taken = error
-            if error.errno != errno.EADDRINUSE:
-                break
-    raise OSError(f"cannot listen on {host}, port {candidate}: {taken}; choose another (--host, --port).") from taken
 
 
 def upload_box(label: str, **options: Any) -> gradio.Image:
@@ -135,17 +133,40 @@ def upload_box(label: str, **options: Any) -> gradio.Image:
     return box
 
 
-def read_upload(path: str) -> Image.Image:
+def limited(text: Any, what: str, most: int) -> str:
+    """A text that a visitor sent; the browser's own limits are none for a program.
+
+    Raises:
+        ValueError: if it is no text, or has more than `most` characters.
+    """
+    if not isinstance(text or "", str):
+        raise ValueError(f"{what} must be a text.")
+    if len(text or "") > most:
+        raise ValueError(f"{what}: {len(text):,} characters are too many; at most {most:,} are taken.")
+    return text or ""
+
+
+def model_line(names: Sequence[str]) -> str:
+    """Which checkpoints a page runs, and what the embedded one is good for."""
+    shown = ", ".join(
+        name if name.startswith("open_clip:") else Path(name).name if Path(name).exists() else name for name in names
+    )
+    embedded = default_checkpoint() in map(str, names)
+    good_for = "; this is the embedded checkpoint, which knows drawings, not photographs" if embedded else ""
+    return note(f"{'Model' if len(names) == 1 else 'Models'}: {shown}{good_for}.")
+
+
+def read_upload(path: str, most: int = MAX_PIXELS) -> Image.Image:
     """The picture of an uploaded file, upright, as RGB.
 
     Raises:
-        PictureError: if it cannot be read, or has more than `MAX_PIXELS` pixels; without the path on this machine.
+        PictureError: if it cannot be read, or has more than `most` pixels; without the path on this machine.
     """
     try:
         with Image.open(path) as image:
             width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"it has {width} x {height} pixels; at most {MAX_PIXELS / 1e6:.0f} million are taken")
+        if width * height > most:
+            raise ValueError(f"it has {width} x {height} pixels; at most {most / 1e6:.0f} million are taken")
         return load_picture(path)
     except UnidentifiedImageError as error:
         raise PictureError("it is no picture of a known format, such as PNG or JPEG", Path(path).name) from error
@@ -185,11 +206,12 @@ def note(text: str) -> str:
 
 
 def bar(label: str, value: float, pale: float | None = None) -> str:
-    """A label with a bar of `value` in 0..1 and the number; `pale` is a second, thinner bar."""
+    """A label with a bar of `value` in 0..1 and the number; `pale` is a second, thinner bar with its number."""
     second = f'<i class="pale" style="width: {pale:.2%}"></i>' if pale is not None else ""
+    number = f"<small>{pale:.1%}</small>" if pale is not None else ""
     return (
         f'<div class="bar"><span>{html.escape(label)}</span>'
-        f'<span><i style="width: {value:.2%}"></i>{second}</span><span>{value:.1%}</span></div>'
+        f'<span><i style="width: {value:.2%}"></i>{second}</span><span>{value:.1%}{number}</span></div>'
     )
 
 

@@ -32,7 +32,8 @@ class Scorer:
     """A model that compares a picture with texts.
 
     Attributes:
-        name: as the user gave it, shortened to what tells it apart.
+        source: the checkpoint, as the user gave it.
+        name: the same, shortened to what tells it apart.
         reads_as: how its logits become scores: "sigmoid", each text on its own, or "softmax", shares among the texts.
         parameters: how many it has.
     """
@@ -40,6 +41,7 @@ class Scorer:
     reads_as = "softmax"
 
     def __init__(self, name: str, model: Any):
+        self.source = name
         self.name = Path(name).name if Path(name).exists() else name
         self.parameters = sum(parameter.numel() for parameter in model.parameters())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import html
 import os
 import tempfile
 import time
@@ -24,13 +25,24 @@ if TYPE_CHECKING:
 THUMBNAIL = 224  # longest side in pixels
 CANVAS = 400  # side of the drawing board in pixels
 MOST_RESULTS = 60
+MOST_DRAWN = 4_000_000  # pixels of a drawing: the board at 5 times its size on a screen of many pixels
+
+# Gradio's board opens with its "select" tool, with which the first stroke draws nothing.
+_TAKE_THE_BRUSH = """() => {
+  const take = (tries) => {
+    const brush = document.querySelector("#draw button[aria-label=Brush]");
+    if (brush) brush.click(); else if (tries) setTimeout(take, 100, tries - 1);
+  };
+  take(100);
+}"""
 COLOURS = ["#222222", "#d92b2b", "#f28c28", "#f5c518", "#3a9d3a", "#2b6cd9", "#8b5a2b", "#f49ac1", "#9a9a9a"]
 WORDS = ["animal", "fusée", "고양이", "Fahrrad", "flying"]
 
 INTRODUCTION = """
 # Search
-Draw, upload or paste a picture, type words, or do both: together they are looked for at once. A click on a result looks
-for more like it. Under each: the cosine to what was asked, and for words the probability that they fit.
+Finds pictures by what they show. **Draw** on the board, **type** what you look for, or give a **picture**; words and a
+picture together are looked for at once. A click on a result finds more like it. Under each result: the cosine to what
+was asked (at most 1), and for words the probability that they fit.
 """
 
 
@@ -117,13 +129,18 @@ def find(
         pattern: only rows whose path or id matches it, with `*` and `?`.
         count: how many results.
     """
-    text, not_text, pattern = ((value or "").strip() for value in (text, not_text, pattern))
+    try:
+        text, not_text = (page.limited(value, "the words", page.MAX_QUERY).strip() for value in (text, not_text))
+        pattern = page.limited(pattern, "the pattern of paths", page.MAX_PATTERN).strip()
+        count = min(max(int(count), 1), MOST_RESULTS)
+    except (ValueError, TypeError) as error:
+        return Found([], page.problem(error))
     if picture is None and not text:
-        return Found([], page.note(f"{len(index):,} entries. Draw, upload or type what to look for."))
+        return Found([], _status(f"{len(index):,} entries. Draw, type, or give a picture to look for."))
     start = time.perf_counter()
     try:
         hits = index.search(
-            text or None, picture and picture.image, not_text or None, k=int(count), path_filter=pattern or None
+            text or None, picture and picture.image, not_text or None, k=count, path_filter=pattern or None
         )
     except (ValueError, OSError) as error:
         return Found([], page.problem(error))
@@ -133,10 +150,14 @@ def find(
     if not hits:
         return Found([], page.problem(f"Nothing found for {asked}."))
     seconds = time.perf_counter() - start
-    status = page.note(f"{len(hits)} of {len(index):,} for {asked}, in {seconds * 1000:.0f} ms")
+    status = _status(f"{len(hits)} of {len(index):,} for {asked}, in {seconds * 1000:.0f} ms, the best first")
     # An index of texts has no pictures to show.
     status += "".join(page.bar(hit.text or hit.id, _score(hit)) for hit in hits if hit.path is None)
     return Found(hits, status)
+
+
+def _status(text: str) -> str:
+    return f'<p class="status">{html.escape(text)}</p>'
 
 
 def _score(hit: Hit) -> float:
@@ -178,13 +199,16 @@ def read_hit(path: str, draft_to: int | None = None) -> Image.Image:
         raise PictureError(getattr(error, "reason", None) or str(error), os.path.basename(path)) from error
 
 
-def read_drawing(editor: dict[str, Any] | None) -> Picture | None:
+def read_drawing(path: str | None) -> Picture | None:
     """What was drawn, or None if the board is empty.
 
     Args:
-        editor: the value of gradio's drawing board; its `composite` is an RGB image on white.
+        path: the picture of the board, a file that the browser sends.
+
+    Raises:
+        PictureError: if it is no picture, or larger than a board can be.
     """
-    drawn = editor["composite"] if editor else None
+    drawn = page.read_upload(path, MOST_DRAWN) if path else None
     if drawn is None or all(low == 255 for low, _ in drawn.getextrema()):
         return None
     return Picture(drawn, "your drawing")
@@ -202,18 +226,24 @@ def build(index: SearchIndex) -> gradio.Blocks:
         found = find(index, picture, *options)
         return picture, found.hits, found.status, gallery_items(found.hits)
 
-    def by_drawing(editor: dict[str, Any] | None, *options: Any) -> tuple[Any, ...]:
-        return show(read_drawing(editor), *options)
-
-    def by_upload(path: str | None, *options: Any) -> tuple[Any, ...]:
+    def by_file(read: Callable[[], Picture | None], *options: Any) -> tuple[Any, ...]:
         try:
-            picture = Picture(page.read_upload(path), os.path.basename(path)) if path else None
+            picture = read()
         except PictureError as error:
             return None, [], page.problem(error), []
         return show(picture, *options)
 
+    def by_drawing(path: str | None, *options: Any) -> tuple[Any, ...]:
+        return by_file(lambda: read_drawing(path), *options)
+
+    def by_upload(path: str | None, *options: Any) -> tuple[Any, ...]:
+        return by_file(lambda: Picture(page.read_upload(path), os.path.basename(path)) if path else None, *options)
+
     def by_result(event: Any, hits: list[Any], *options: Any) -> tuple[Any, ...]:
-        hit = [hit for hit in hits if hit.path is not None][event.index]
+        try:
+            hit = [hit for hit in hits if hit.path is not None][event.index]
+        except (IndexError, TypeError):
+            return None, hits, page.problem("This result is gone; search again."), gallery_items(hits)
         try:
             picture = Picture(read_hit(hit.path), os.path.basename(hit.id))
         except PictureError as error:
@@ -225,10 +255,11 @@ def build(index: SearchIndex) -> gradio.Blocks:
 
     with gr.Blocks(title="siglip-hf: search", analytics_enabled=False) as blocks:
         gr.Markdown(INTRODUCTION)
+        gr.HTML(page.model_line([index.origin.model]))
         asked, hits = gr.State(None), gr.State([])
         with gr.Row():
-            with gr.Column(scale=1, min_width=360):
-                text = gr.Textbox(label="Words", elem_id="words", placeholder="a red car", max_length=2000)
+            with gr.Column(scale=1, min_width=280):
+                text = gr.Textbox(label="Words", elem_id="words", placeholder="a red car", max_length=page.MAX_QUERY)
                 gr.Examples([[words] for words in WORDS], [text])
                 with gr.Tab("Draw"):
                     drawing = gr.Sketchpad(
@@ -244,17 +275,24 @@ def build(index: SearchIndex) -> gradio.Blocks:
                         height=CANVAS + 80,
                         elem_id="draw",
                     )
+                    # The file as it came: gradio would decode it, however many pixels it has.
+                    drawing.preprocess = lambda board: board.composite.path if board and board.composite else None
                 with gr.Tab("Picture"):
                     upload = page.upload_box("Picture", elem_id="picture", height=CANVAS)
                     gr.Examples([[path] for path in page.demo_pictures()], [upload], examples_per_page=24)
                 with gr.Accordion("Filters", open=False):
-                    not_text = gr.Textbox(label="Without", elem_id="without", placeholder="people", max_length=2000)
+                    not_text = gr.Textbox(
+                        label="Without", elem_id="without", placeholder="people", max_length=page.MAX_QUERY
+                    )
                     pattern = gr.Textbox(
-                        label="Only paths like", elem_id="pattern", placeholder="*/holidays/*.jpg", max_length=500
+                        label="Only paths like",
+                        elem_id="pattern",
+                        placeholder="*/holidays/*.jpg",
+                        max_length=page.MAX_PATTERN,
                     )
                     count = gr.Slider(1, MOST_RESULTS, value=12, step=1, label="Results", elem_id="count")
                 clear = gr.Button("Start over", elem_id="clear")
-            with gr.Column(scale=2, min_width=400):
+            with gr.Column(scale=2, min_width=280):
                 status = gr.HTML(elem_id="results")
                 gallery = gr.Gallery(
                     show_label=False,
@@ -274,6 +312,7 @@ def build(index: SearchIndex) -> gradio.Blocks:
         gallery.select(by_result, [hits, *options], outputs, **live)
         changes = [text.change, not_text.change, pattern.submit, pattern.blur, count.release, blocks.load]
         gr.on(changes, show, [asked, *options], outputs, **live)
+        blocks.load(None, js=_TAKE_THE_BRUSH)
         clear.click(
             lambda: (None, None, "", "", "", *show(None)),
             None,

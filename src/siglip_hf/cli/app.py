@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
+import sys
 import tempfile
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from siglip_hf.cli.common import no_library_progress, progress_bar
+from siglip_hf.cli.common import embedded_note, no_library_progress, progress_bar
 
 if TYPE_CHECKING:
     import gradio
@@ -57,19 +59,25 @@ def app(
         raise ValueError("the page search uses the model that its index was made with; --model is for the others.")
     from siglip_hf.apps import page
 
-    # These first, because a model takes its time to load.
-    page.import_gradio()
-    page.free_port(host, port)
+    page.import_gradio()  # first, because a model takes its time to load
+    signal.signal(signal.SIGTERM, _end)
     with tempfile.TemporaryDirectory(prefix="siglip-hf-") as uploads:
         os.environ["GRADIO_TEMP_DIR"] = uploads  # what people upload goes when the page does
         page.serve(_build(page_name, index, model, device), host, port, share)
     return 0
 
 
+def _end(number: int, frame: object) -> None:
+    """Ends the page on SIGTERM as Ctrl+C does, so that what people uploaded goes with it."""
+    sys.exit(128 + number)
+
+
 def _build(page_name: PageName, index: str | None, model: list[str] | None, device: str | None) -> gradio.Blocks:
     from siglip_hf import default_checkpoint
 
     with no_library_progress(), progress_bar() as progress:
+        if index is None and not model:
+            embedded_note(None)()
         if page_name is PageName.search:
             from siglip_hf.apps import search
 
