@@ -1,6 +1,6 @@
 # Everything a newcomer needs: `make demo` and `make test` make their own environment first.
 .DEFAULT_GOAL := help
-.PHONY: help demo wheel test-wheel test test-oldest test-newest test-pythons test-slow test-browser test-gpu lint types format bench checkpoint docs clean
+.PHONY: help demo wheel test-wheel test test-oldest test-newest test-pythons test-slow test-browser test-gpu test-faults lint types format bench checkpoint docs clean
 
 PYTHON ?= python3
 MINUTES ?= 240
@@ -82,6 +82,10 @@ test-browser: $(DEV) ## try the web pages in a headless Chromium (Debian: chromi
 
 test-gpu: $(DEV) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+test-faults: $(DEV) ## damage files, kill runs, read hostile texts; prints what became of each (half an hour)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/checks/damage.py --inputs 3000
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/checks/kills.py --kills 20
 
 lint: $(DEV) ## check style and types
 	$(BIN)/ruff check .

@@ -1,13 +1,14 @@
-"""Kills `siglip-hf embed` and `index` at random moments, runs them again, and compares the results byte for byte.
+"""Kills `siglip-hf embed`, `index` and `train` at random moments, runs them again, and compares the results.
 
-Each run is a process of its own, ended by SIGKILL. After every kill the rows on disk are counted: none may be lost, and
-the next run must do exactly those that are missing. Run: python scripts/check_search_kills.py --kills 50
+Each run is a fresh process, ended by SIGKILL. After every kill of `embed` the rows on disk are counted: none may be
+lost, and the next run must do exactly those that are missing. Run: python scripts/checks/kills.py --kills 20
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib
 import json
 import multiprocessing
 import random
@@ -30,7 +31,7 @@ BATCH_SIZE, PART_ROWS = 4, 24  # small, so that there are many moments to be kil
 def main() -> None:
     """Parses the options, checks and prints."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=50, help="of each command")
+    parser.add_argument("--kills", type=int, default=20, help="of each command")
     parser.add_argument("--pictures", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="a checkpoint; the embedded one by default")
@@ -39,7 +40,7 @@ def main() -> None:
         photos = write_pictures(Path(folder) / "photos", options.pictures, options.seed)
         # A copy: a checkpoint that someone replaces meanwhile would look like a broken result.
         model = str(shutil.copytree(options.model or siglip_hf.default_checkpoint(), Path(folder) / "model"))
-        for name, check in (("embed", check_embed), ("index", check_index)):
+        for name, check in (("embed", check_embed), ("index", check_index), ("train", check_train)):
             result = check(Path(folder), photos, options.kills, options.seed, model)
             print(
                 f"{name}: {result['kills']} kills in {result['jobs']} jobs, each ended like an unbroken one, byte for "
@@ -69,6 +70,18 @@ def check_index(folder: Path, photos: Path, kills: int, seed: int = 0, model: st
     return _kill_and_compare(folder / "index", run, kills, seed, lambda out: 0)
 
 
+def check_train(folder: Path, photos: Path, kills: int, seed: int = 0, model: str | None = None) -> dict[str, int]:
+    """Kills training; see `_kill_and_compare`."""
+    table = folder / "captions.csv"
+    names = [file for number, file in enumerate(sorted(photos.iterdir())) if number % 20 != 7][:16]
+    table.write_text("path,text\n" + "".join(f"{name},picture {number}\n" for number, name in enumerate(names)))
+
+    def run(out: Path, report: Path) -> tuple[Any, ...]:
+        return _train, (str(table), str(out), str(report), model)
+
+    return _kill_and_compare(folder / "trained", run, kills, seed, lambda out: 0)
+
+
 def write_pictures(folder: Path, count: int, seed: int = 0) -> Path:
     """Small JPEG files of coloured noise, one in twenty of them cut off."""
     folder.mkdir(parents=True)
@@ -90,26 +103,24 @@ def _kill_and_compare(
     Raises:
         AssertionError: if rows are lost or done twice, or a result differs from the unbroken run's.
     """
-    context: Any = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["siglip_hf.data.embed", "siglip_hf.data.embedder", "siglip_hf.models.modeling_siglip"]
-    )
+    context: Any = multiprocessing.get_context("spawn")
     rng = random.Random(seed)
     report = out.with_suffix(".json")
 
     def start() -> Any:
         function, arguments = run(out, report)
-        process = context.Process(target=function, args=arguments)
+        ready, is_ready = context.Pipe(duplex=False)
+        process = context.Process(target=_run, args=(is_ready, function, arguments))
         process.start()
+        ready.poll(600)  # its libraries are imported; a kill before that would be one of Python, not of ours
         return process
 
-    for _ in range(2):  # the first run also starts the server of processes
-        shutil.rmtree(out, ignore_errors=True)
-        began = time.monotonic()
-        process = start()
-        process.join()
-        seconds = time.monotonic() - began
-        assert process.exitcode == 0, "the unbroken run fails"
+    shutil.rmtree(out, ignore_errors=True)
+    process = start()
+    began = time.monotonic()
+    process.join()
+    seconds = time.monotonic() - began
+    assert process.exitcode == 0, "the unbroken run fails"
     unbroken = _digests(out)
     whole = out.with_name(f"{out.name}_whole")
     out.rename(whole)
@@ -143,6 +154,23 @@ def _kill_and_compare(
     return result
 
 
+def _run(is_ready: Any, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    names = ("training.run", "training.trainer") if function is _train else ("data.embedder", "search.index_source")
+    for name in names:
+        importlib.import_module(f"siglip_hf.{name}")
+    is_ready.send(True)
+    function(*arguments)
+
+
+def _train(table: str, out: str, report: str, model: str | None) -> None:
+    from siglip_hf.training.run import run_training
+    from siglip_hf.training.settings import TrainSettings
+
+    settings = TrainSettings([table], out, model=model, steps=6, batch_size=4, save_every=2, cpu=True, workers=0)
+    run_training(settings)
+    Path(report).write_text("null")
+
+
 def _embed(photos: str, out: str, report: str, model: str | None) -> None:
     from siglip_hf.data import store
     from siglip_hf.data.embed import embed_source
@@ -161,8 +189,10 @@ def _index(embeddings: str, out: str, report: str) -> None:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file; the lock holds the number of a process."""
-    files = (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != ".lock")
+    """SHA-256 of each file but the lock; of a trained checkpoint only the weights, as the others tell the time."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != ".lock"]
+    if (folder / "report.json").exists():
+        files = [folder / "model.safetensors"]
     return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
