@@ -206,7 +206,7 @@ def _in_order(images: Any, text: Any) -> tuple[Any, Any]:
         raise ValueError("Nothing to process: pass images, text, or both.")
     # Once, because a generator can be read once.
     images, text = (value if (items := as_list(value)) is None else items for value in (images, text))
-    if text is not None and any(_is_picture(leaf) for leaf in _leaves(text)):
+    if text is not None and _says_pictures(text):
         if images is not None and not _says_words(images):
             raise ValueError("Both arguments are pictures. Pass texts, strings or a list of strings, as text=.")
         return text, images
@@ -225,6 +225,13 @@ def _in_order(images: Any, text: Any) -> tuple[Any, Any]:
 
 def _says_words(value: Any) -> bool:
     return all(isinstance(leaf, str) for leaf in _leaves(value))
+
+
+def _says_pictures(value: Any) -> bool:
+    """Whether pictures are in it, and no words: one picture among texts is a wrong text."""
+    leaves = list(_leaves(value))
+    words = any(isinstance(leaf, str) and not looks_like_picture_source(leaf) for leaf in leaves)
+    return not words and any(_is_picture(leaf) for leaf in leaves)
 
 
 def _is_picture(leaf: Any) -> bool:
