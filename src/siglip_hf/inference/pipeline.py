@@ -79,6 +79,11 @@ class SiglipZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipel
         # Without a model it is being copied or unpickled.
         if model is None or is_siglip_of_this_package(model):
             return super().__new__(cls)
+        if type(model).__module__.startswith("siglip_hf."):
+            raise ValueError(
+                f"zero-shot classification compares pictures with texts, and {type(model).__name__} has no two towers: "
+                'use the task "image-classification" for a classifier, and a joint model (SiglipModel) for this one.'
+            )
         return ZeroShotImageClassificationPipeline(model=model, **kwargs)
 
     def __init__(self, **kwargs: Any):

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -33,6 +34,28 @@ def as_pair(size: int | list[int] | tuple[int, ...]) -> tuple[int, int]:
 
 class _SiglipConfigMixin:
     """What the three configurations share: keys that look like misspelt fields are named, since nothing reads them."""
+
+    @classmethod
+    def of(cls, config: Any) -> Any:
+        """This class's form of transformers' configuration of the same part; any other one as it is."""
+        if isinstance(config, cls) or cls.__name__ not in (parent.__name__ for parent in type(config).__mro__):
+            return config
+        parts = {name: getattr(config, name) for name in getattr(cls, "sub_configs", ())}
+        own = cls.from_dict(config.to_dict() | parts)
+        # What loading has noted on the object, such as the attention implementation and the commit.
+        vars(own).update({key: value for key, value in vars(config).items() if key.startswith("_")})
+        return own
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The configuration of a file's fields; that of a tower alone, if the file is that of another part.
+
+        Filled up with defaults it would be a model of other shapes, into which a part of the weights fits in silence.
+        """
+        family, model_type = cls.model_type.split("_")[0], config_dict.get("model_type")  # type: ignore[attr-defined]
+        if model_type in (f"{family}_text_model", f"{family}_vision_model") and model_type != cls.model_type:  # type: ignore[attr-defined]
+            return CONFIG_MAPPING[model_type].from_dict(config_dict, **kwargs)
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     def _warn_of_misspelt_keys(self, extra: dict[str, Any]) -> None:
         # A warning, because files of vision-language models, of older versions of transformers and of other programs
@@ -210,6 +233,8 @@ class SiglipConfig(_SiglipConfigMixin, PreTrainedConfig):
             value = getattr(self, name)
             if value is None or isinstance(value, dict):
                 setattr(self, name, config_class(**(value or {})))
+            else:
+                setattr(self, name, config_class.of(value))
         super().__post_init__(**kwargs)
 
     def check(self) -> None:

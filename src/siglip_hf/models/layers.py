@@ -71,6 +71,7 @@ class _MultiHeadAttention(nn.Module):
     def __init__(self, config: SiglipTextConfig | SiglipVisionConfig):
         super().__init__()
         self.config = config
+        self.embed_dim = config.hidden_size
         self.num_heads = config.num_attention_heads
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scale = self.head_dim**-0.5
@@ -94,9 +95,10 @@ class _MultiHeadAttention(nn.Module):
         query = self._split_heads(self.q_proj(query_states))  # (B, H, S, D / H)
         key = self._split_heads(self.k_proj(key_value_states))  # (B, H, T, D / H)
         value = self._split_heads(self.v_proj(key_value_states))  # (B, H, T, D / H)
-        attention = ALL_ATTENTION_FUNCTIONS.get_interface(
-            attn_implementation or self.config._attn_implementation, eager_attention_forward
-        )
+        implementation = attn_implementation or self.config._attn_implementation
+        if not torch.compiler.is_compiling() and len(query) == 0:
+            implementation = "eager"  # transformers' others cannot reshape an empty batch
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
         output, weights = attention(
             self,
             query,
@@ -218,6 +220,7 @@ class SiglipEncoderLayer(GradientCheckpointingLayer):
 
     def __init__(self, config: SiglipTextConfig | SiglipVisionConfig):
         super().__init__()
+        self.embed_dim = config.hidden_size
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.self_attn = SiglipAttention(config)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

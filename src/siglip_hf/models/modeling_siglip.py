@@ -83,8 +83,30 @@ class SiglipPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any):
         add_lora_targets()
+        config = self._own_config(config)
         config.check()
         super().__init__(config, *inputs, **kwargs)
+
+    @classmethod
+    def _own_config(cls, config: Any) -> Any:
+        """This package's form of a configuration, such as transformers' own object; refuses that of another part.
+
+        Raises:
+            ValueError: If it describes another part or family.
+        """
+        for config_class in cls._config_classes():
+            own = config_class.of(config)
+            if isinstance(own, config_class):
+                return own
+        wanted = " or ".join(config_class.__name__ for config_class in cls._config_classes())
+        raise ValueError(
+            f"{cls.__name__} takes a {wanted}, and this is a {type(config).__name__} (model_type "
+            f"{getattr(config, 'model_type', None)!r}); use the class of that part, or AutoModel"
+        )
+
+    @classmethod
+    def _config_classes(cls) -> tuple[Any, ...]:
+        return (cls.config_class,)
 
     def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
         # For classes outside of transformers the base class skips modules that own no parameter directly, such as the
@@ -175,6 +197,8 @@ class SiglipVisionEmbeddings(SiglipPreTrainedModel):
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__(config)
+        config = self.config
+        self.embed_dim, self.image_size, self.patch_size = config.hidden_size, config.image_size, config.patch_size
         patch_size = as_pair(config.patch_size)
         self.patch_embedding = nn.Conv2d(
             config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size, padding="valid"
@@ -207,12 +231,22 @@ class SiglipVisionEmbeddings(SiglipPreTrainedModel):
                 f"({'x'.join(map(str, self.config.patch_grid))} patches); resize it, or pass "
                 "interpolate_pos_encoding=True"
             )
+        if not tracing and (height % patch_height or width % patch_width):
+            self._warn_about_cut_off_pixels(height, width)
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.bias.dtype))  # (B, D, rows, columns)
         tokens = patches.flatten(2).transpose(1, 2)  # (B, N, D)
         # A traced model must also interpolate where the example happened to have the usual size.
         if interpolate_pos_encoding and (tracing or grid != self.config.patch_grid):
             return tokens + self.interpolate_pos_encoding(grid)
         return tokens + self.position_embedding(self.position_ids)
+
+    def _warn_about_cut_off_pixels(self, height: int, width: int) -> None:
+        # Some published models are trained so: 384 pixels are not a multiple of patches of 14.
+        if (height, width) != as_pair(self.config.image_size):
+            logger.warning_once(
+                f"the picture is {height}x{width} pixels, which patches of {self.config.patch_size} do not fill: the "
+                "rest at the lower and right edge is cut off. Resize it with the model's image processor"
+            )
 
 
 class SiglipTextEmbeddings(nn.Module):
@@ -253,6 +287,8 @@ class SiglipAttentionPoolingHead(SiglipPreTrainedModel):
 
     def __init__(self, config: SiglipVisionConfig):
         super().__init__(config)
+        config = self.config
+        self.num_heads = config.num_attention_heads
         self.probe = nn.Parameter(torch.empty(1, 1, config.hidden_size))
         self.attention = SiglipPoolingAttention(config)
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -283,6 +319,7 @@ class SiglipTextModel(SiglipPreTrainedModel):
 
     def __init__(self, config: SiglipTextConfig):
         super().__init__(config)
+        config = self.config
         self.embeddings = SiglipTextEmbeddings(config)
         self.encoder = SiglipEncoder(config)
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -365,14 +402,18 @@ class SiglipVisionModel(SiglipPreTrainedModel):
     main_input_name = "pixel_values"
     _input_embed_layer = "patch_embedding"
 
+    _embeddings_class: type[nn.Module] = SiglipVisionEmbeddings
+    _head_class: type[SiglipAttentionPoolingHead] = SiglipAttentionPoolingHead
+
     def __init__(self, config: SiglipVisionConfig):
         super().__init__(config)
-        self.embeddings = SiglipVisionEmbeddings(config)
+        config = self.config
+        self.embeddings = self._embeddings_class(config)
         self.encoder = SiglipEncoder(config)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.use_head = config.vision_use_head
         if self.use_head:
-            self.head = SiglipAttentionPoolingHead(config)
+            self.head = self._head_class(config)
         self.post_init()
 
     @merge_with_config_defaults
@@ -417,11 +458,13 @@ class SiglipModel(SiglipPreTrainedModel):
     """Two towers that meet in one sigmoid: the probability that a text describes an image."""
 
     config: SiglipConfig
+    _text_class: type[SiglipTextModel] = SiglipTextModel
+    _vision_class: type[SiglipVisionModel] = SiglipVisionModel
 
     def __init__(self, config: SiglipConfig):
         super().__init__(config)
-        self.text_model = SiglipTextModel._from_config(config.text_config)
-        self.vision_model = SiglipVisionModel._from_config(config.vision_config)
+        self.text_model = self._text_class._from_config(self.config.text_config)
+        self.vision_model = self._vision_class._from_config(self.config.vision_config)
         self.logit_scale = nn.Parameter(torch.empty(1))  # t' of the paper: the temperature is its exponential
         self.logit_bias = nn.Parameter(torch.empty(1))
         self.post_init()
@@ -607,11 +650,18 @@ class SiglipForImageClassification(SiglipPreTrainedModel):
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
 
+    _vision_class: type[SiglipVisionModel] = SiglipVisionModel
+
+    @classmethod
+    def _config_classes(cls) -> tuple[Any, ...]:
+        return cls.config_class, cls._vision_class.config_class
+
     def __init__(self, config: SiglipConfig | SiglipVisionConfig):
         super().__init__(config)
-        vision_config = config.vision_config if isinstance(config, SiglipConfig) else config
+        config = self.config
+        vision_config: Any = config.vision_config if isinstance(config, SiglipConfig) else config
         self.num_labels = config.num_labels or 0
-        self.vision_model = SiglipVisionModel._from_config(vision_config)
+        self.vision_model = self._vision_class._from_config(vision_config)
         if self.vision_model.use_head:
             # Kept so that checkpoints stay complete, but not part of this model's function: without a gradient
             # distributed training would wait for it in vain.
@@ -666,11 +716,17 @@ class SiglipForImageClassification(SiglipPreTrainedModel):
         logits = self.classifier(features)  # (B, num_labels)
         loss = None
         if labels is not None:
-            if labels.ndim == 2 and self.num_labels > 1 and self.config.problem_type is None:
-                self.config.problem_type = "multi_label_classification"
-            if self.config.problem_type == "multi_label_classification":
-                labels = labels.to(logits.dtype)
-            loss = self.loss_function(labels, logits, self.config)
+            problem_type = self.config.problem_type
+            try:
+                # Stock takes integers for class numbers; a row of them is multi-hot, unless it is one number.
+                if labels.ndim == 2 and labels.shape[1] > 1 and self.num_labels > 1 and problem_type is None:
+                    self.config.problem_type = "multi_label_classification"
+                if self.config.problem_type == "multi_label_classification":
+                    labels = labels.to(logits.dtype)
+                loss = self.loss_function(labels, logits, self.config)
+            except Exception:
+                self.config.problem_type = problem_type  # a refused call leaves no trace
+                raise
         return ImageClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

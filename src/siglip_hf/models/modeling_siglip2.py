@@ -20,7 +20,6 @@ from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from siglip_hf.models.configuration_siglip2 import Siglip2Config, Siglip2TextConfig, Siglip2VisionConfig
-from siglip_hf.models.layers import SiglipEncoder
 from siglip_hf.models.modeling_siglip import (
     SiglipAttentionPoolingHead,
     SiglipForImageClassification,
@@ -67,6 +66,8 @@ class Siglip2VisionEmbeddings(nn.Module):
         self.config = config
         self.patch_embedding = nn.Linear(config.patch_values, config.hidden_size)
         self.num_patches = config.num_patches
+        self.embed_dim, self.patch_size = config.hidden_size, config.patch_size
+        self.position_embedding_size = config.patch_grid[0]
         self.position_embedding = nn.Embedding(self.num_patches, config.hidden_size)
 
     def forward(self, patches: torch.Tensor, shapes: torch.Tensor, patch_ids: torch.Tensor) -> torch.Tensor:
@@ -126,15 +127,8 @@ class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
 
     config: Siglip2VisionConfig  # type: ignore[assignment]
 
-    def __init__(self, config: Siglip2VisionConfig):
-        super(SiglipVisionModel, self).__init__(config)  # past the class that makes embeddings of one picture size
-        self.embeddings = Siglip2VisionEmbeddings(config)  # type: ignore[assignment]
-        self.encoder = SiglipEncoder(config)  # type: ignore[arg-type]
-        self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.use_head = config.vision_use_head
-        if self.use_head:
-            self.head = Siglip2AttentionPoolingHead(config)  # type: ignore[arg-type]
-        self.post_init()
+    _embeddings_class = Siglip2VisionEmbeddings
+    _head_class = Siglip2AttentionPoolingHead
 
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
@@ -275,13 +269,8 @@ class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
     config: Siglip2Config
     base_model_prefix = "siglip2"
 
-    def __init__(self, config: Siglip2Config):
-        super(SiglipModel, self).__init__(config)  # past the class that makes towers of one picture size
-        self.text_model = Siglip2TextModel._from_config(config.text_config)
-        self.vision_model = Siglip2VisionModel._from_config(config.vision_config)
-        self.logit_scale = nn.Parameter(torch.empty(1))
-        self.logit_bias = nn.Parameter(torch.empty(1))
-        self.post_init()
+    _text_class = Siglip2TextModel
+    _vision_class = Siglip2VisionModel
 
     def encode_image(  # type: ignore[override]
         self,
@@ -449,17 +438,7 @@ class Siglip2ForImageClassification(SiglipForImageClassification, Siglip2PreTrai
 
     config: Siglip2Config
 
-    def __init__(self, config: Siglip2Config | Siglip2VisionConfig):
-        super(SiglipForImageClassification, self).__init__(config)  # past the class that makes a tower of one size
-        vision_config: Any = config.vision_config if isinstance(config, Siglip2Config) else config
-        self.num_labels = config.num_labels or 0
-        self.vision_model = Siglip2VisionModel._from_config(vision_config)
-        if self.vision_model.use_head:
-            self.vision_model.head.requires_grad_(False)  # not part of this model's function, as in SigLIP
-        self.classifier = (
-            nn.Linear(vision_config.hidden_size, self.num_labels) if self.num_labels > 0 else nn.Identity()
-        )
-        self.post_init()
+    _vision_class = Siglip2VisionModel
 
     @can_return_tuple
     def forward(  # type: ignore[override]
