@@ -56,7 +56,7 @@ def main() -> None:
         print(f"{kind}: least cosine of the probe {report.cosine:.5f}")
     table = Table("percent", *results)
     for style in results["float32"]:
-        for measure in MEASURES:
+        for measure in (name for name in MEASURES if name in results["float32"][style]):
             table.add_row(f"{style}: {measure}", *(f"{result[style][measure]:.1f}" for result in results.values()))
     Console(width=110).print(table)
 
