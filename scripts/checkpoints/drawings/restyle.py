@@ -118,9 +118,9 @@ def _hatched(svg: str, source: random.Random, side: float) -> tuple[str, str]:
     return _PAINT.sub(hatch, svg), "".join(definitions.values())
 
 
-def _filter(source: random.Random, side: float, unsteady: bool, shadow: bool) -> str:
+def _filter(source: random.Random, box: tuple[float, float, float, float], unsteady: bool, shadow: bool) -> str:
     """A filter that moves each point a little, as a hand does, or adds a shadow."""
-    steps = []
+    side, steps = max(box[2:]), []
     if unsteady:
         frequency, scale = source.uniform(2, 6) / side, side * source.uniform(0.01, 0.04)
         steps.append(f'<feTurbulence baseFrequency="{frequency:.5f}" numOctaves="2" seed="{source.randrange(999)}"/>')
@@ -132,7 +132,9 @@ def _filter(source: random.Random, side: float, unsteady: bool, shadow: bool) ->
         steps.append(
             f'<feDropShadow dx="{move:.3f}" dy="{move:.3f}" stdDeviation="{move / 2:.3f}" flood-opacity="0.5"/>'
         )
-    return f'<filter id="hand" x="-10%" y="-10%" width="120%" height="120%">{"".join(steps)}</filter>'
+    left, top, width, height = box
+    area = f'x="{left:g}" y="{top:g}" width="{width:g}" height="{height:g}"'
+    return f'<filter id="hand" filterUnits="userSpaceOnUse" {area}>{"".join(steps)}</filter>'
 
 
 def restyled(svg: str, seed: str) -> str:
@@ -146,7 +148,8 @@ def restyled(svg: str, seed: str) -> str:
     left, top, width, height = _box(svg)
     side = max(width, height)
     opening, body = svg.split(">", 1)
-    body = body.rsplit("</svg>", 1)[0]
+    # Soft lights and shadows are of the hand that drew it; and resvg 0.5 panics at some of them in another box.
+    body = re.sub(r'\sfilter="url\(#[^"]*\)"', "", body.rsplit("</svg>", 1)[0])
     fills = source.choice(("keep", "keep", "flat", "flat", "hatched", "empty"))
     lined = fills == "empty" or source.random() < 0.5
     ink = written(_random_colour(source, 0.0, 0.35) if source.random() < 0.5 else (0.1, 0.1, 0.1))
@@ -165,11 +168,12 @@ def restyled(svg: str, seed: str) -> str:
         stroke = side * source.uniform(0.008, 0.035)
         line = f' stroke="{ink}" stroke-width="{stroke:.3f}" stroke-linejoin="round" stroke-linecap="round"'
     unsteady, shadow = source.random() < 0.4, source.random() < 0.15
-    if unsteady or shadow:
-        definitions += _filter(source, side, unsteady, shadow)
-        line += ' filter="url(#hand)"'
     # A line around the outermost shape must not be cut by the edge.
     margin = side * 0.04 if lined or unsteady or shadow else 0.0
-    box = f"{left - margin:g} {top - margin:g} {width + 2 * margin:g} {height + 2 * margin:g}"
+    area = (left - margin, top - margin, width + 2 * margin, height + 2 * margin)
+    if unsteady or shadow:
+        definitions += _filter(source, area, unsteady, shadow)
+        line += ' filter="url(#hand)"'
+    box = " ".join(f"{number:g}" for number in area)
     opening = re.sub(r'viewBox="[^"]+"', f'viewBox="{box}"', opening)
     return f"{opening}><defs>{definitions}</defs><g{line}>{body}</g></svg>"

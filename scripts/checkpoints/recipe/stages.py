@@ -42,7 +42,7 @@ from .run import (
 )
 
 
-def place_concepts(run: Run, meanings: np.ndarray | None, steps: int = 300) -> None:
+def place_concepts(run: Run, meanings: np.ndarray | None, steps: int = 60) -> None:
     """Stage 1. Sets `run.table` (C, E): unit vectors whose cosines follow common captions and meanings.
 
     Captions are weighted by rarity (tf-idf), so that a common tag brings two concepts near each other and a label,
@@ -51,30 +51,30 @@ def place_concepts(run: Run, meanings: np.ndarray | None, steps: int = 300) -> N
     Args:
         run: The training.
         meanings: (C, M) unit vectors of a sentence encoder; half of each cosine is theirs. None leaves them out.
-        steps: Of gradient descent.
+        steps: Of gradient descent, from the best cosines without the bound to unit vectors.
     """
     path = run.folder / "table.pt"
     if path.exists():
         run.table = torch.load(path, map_location=run.device)
         return
+    torch.manual_seed(run.seed)
     belongs = run.captions.belongs.float()  # (T, C)
     weighted = F.normalize(belongs * torch.log(len(run.concepts) / belongs.sum(1, keepdim=True)), dim=0)
-    wanted = weighted.T @ weighted  # (C, C)
+    wanted = torch.sparse.mm(weighted.T.to_sparse(), weighted)  # (C, C)
     if meanings is not None:
-        vectors = torch.as_tensor(meanings, dtype=torch.float32)
+        vectors = torch.as_tensor(meanings, dtype=torch.float32, device=wanted.device)
         wanted = (wanted + vectors @ vectors.T) / 2
     wanted = wanted.to(run.device)
-    generator = torch.Generator("cpu").manual_seed(run.seed)
     width = run.model.config.vision_config.hidden_size
-    table = torch.randn(len(run.concepts), width, generator=generator, device="cpu").to(run.device)
-    table.requires_grad_(True)
-    optimizer = torch.optim.Adam([table], lr=3e-2)
+    directions, strengths, _ = torch.svd_lowrank(wanted, q=min(width, len(wanted)), niter=4)
+    table = F.pad(directions * strengths.sqrt(), (0, width - directions.shape[1])).requires_grad_(True)
+    optimizer = torch.optim.Adam([table], lr=1e-2)
     for step in range(steps):
         unit = F.normalize(table, dim=-1)
         loss = (unit @ unit.T - wanted).square().sum(1).mean()
         optimizer.zero_grad()
         loss.backward()
-        optimizer.param_groups[0]["lr"] = 3e-2 * (1 - step / steps)
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / steps)
         optimizer.step()
     run.table = F.normalize(table.detach(), dim=-1)
     torch.save(run.table, path)
