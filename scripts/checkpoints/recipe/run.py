@@ -78,7 +78,7 @@ class Run:
         line |= {name: round(value, 4) for name, value in values.items()}
         with (self.folder / "learning_curve.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        console.print("  ".join(f"{name} {value}" for name, value in line.items()))
+        console.print("  ".join(f"{name} {value}" for name, value in line.items()), soft_wrap=True)
 
 
 def clock(device: torch.device) -> float:

@@ -103,7 +103,8 @@ def train(
     run = prepare(arguments)
     console.print(
         f"{len(run.train)} pictures to train on, {len(run.validation)} to validate, {len(run.captions.texts)} texts, "
-        f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} million parameters"
+        f"{sum(p.numel() for p in run.model.parameters()) / 1e6:.2f} million parameters",
+        soft_wrap=True,
     )
     minute = 60 * arguments.minutes
     context = torch.multiprocessing.get_context("spawn")
