@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -38,5 +41,11 @@ def test_named_counts_the_right_ones(evaluator):
     assert right in (0, 25, 50, 75, 100)
 
 
-def test_demo_is_counted_as_the_card_says(evaluator):
-    assert evaluate_default.demo(evaluator) == pytest.approx(100 * 18 / 24)
+def test_card_has_what_is_counted(evaluator):
+    card = (Path(siglip_hf.default_checkpoint()) / "README.md").read_text(encoding="utf-8")
+    right = re.search(r"Of the demo's 24 pictures.*?(\d+) get the right one", card, re.DOTALL)
+    assert right is not None
+    assert evaluate_default.demo(evaluator) == pytest.approx(100 * int(right[1]) / 24)
+    drawn = re.search(r"scripted pen sketches.*?([\d.]+)% do", card, re.DOTALL)
+    assert drawn is not None
+    assert evaluate_default.sketches(evaluator) == pytest.approx(float(drawn[1]), abs=1.0)
