@@ -14,6 +14,7 @@ def test_the_old_path_gives_the_new_module_s_names(old):
     module = importlib.import_module(f"siglip_hf.{old}")
     new = importlib.import_module(f"siglip_hf.{MOVED[old]}")
     own = [n for n, v in vars(new).items() if getattr(v, "__module__", "") == new.__name__ and not n.startswith("_")]
+    own += getattr(new, "__all__", [])
     assert own
     with pytest.warns(FutureWarning, match=f"siglip_hf.{old} has moved to {new.__name__}"):
         assert all(getattr(module, name) is getattr(new, name) for name in own)

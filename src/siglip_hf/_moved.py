@@ -18,6 +18,7 @@ MOVED = {
     "configuration_siglip": "models.configuration_siglip",
     "configuration_siglip2": "models.configuration_siglip2",
     "confusion_picture": "evaluation.confusion_picture",
+    "evaluation.measures": "evaluation",
     "contact_sheet": "inference.contact_sheet",
     "convert_big_vision": "integrations.big_vision",
     "export": "integrations.onnx",

@@ -12,7 +12,7 @@ from siglip_hf.cli.common import EMBEDDED
 from siglip_hf.cli.main import main
 from siglip_hf.data.embedder import SiglipEmbedder
 from siglip_hf.data.sources import open_source
-from siglip_hf.evaluation.measures import evaluate, with_truth
+from siglip_hf.evaluation import evaluate, with_truth
 from siglip_hf.inference.prompt_templates import template_set
 from tiny_checkpoint import write_tiny_checkpoint
 

@@ -15,8 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import siglip_hf
 from siglip_hf.data.embedder import SiglipEmbedder
 from siglip_hf.data.sources import Source, open_source
-from siglip_hf.evaluation.confusion_picture import MAX_CLASSES, check_picture_file, draw_confusion
-from siglip_hf.evaluation.measures import (
+from siglip_hf.evaluation import (
     ClassAccuracy,
     ZeroShotAccuracy,
     evaluate,
@@ -25,6 +24,7 @@ from siglip_hf.evaluation.measures import (
     with_truth,
     zero_shot_accuracy,
 )
+from siglip_hf.evaluation.confusion_picture import MAX_CLASSES, check_picture_file, draw_confusion
 from siglip_hf.inference.classify import load_classifier, read_truth_file
 from siglip_hf.inference.label_bank import parse_templates
 from siglip_hf.inference.prompt_templates import TEMPLATE_SETS, template_set

@@ -14,7 +14,7 @@ from siglip_hf.cli.common import embedded_note, no_library_progress, progress_ba
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from siglip_hf.evaluation.measures import Evaluation, RetrievalRecall, ZeroShotAccuracy
+    from siglip_hf.evaluation import Evaluation, RetrievalRecall, ZeroShotAccuracy
 
 # Rows of a table that is read on a screen, and lines of what was left out.
 _MOST_CLASSES = 40
@@ -65,9 +65,9 @@ def evaluate(
     """Measure zero-shot accuracy on labelled pictures, and retrieval recall on captioned ones."""
     from siglip_hf.data.embedder import SiglipEmbedder
     from siglip_hf.data.sources import open_source
+    from siglip_hf.evaluation import evaluate as measure
+    from siglip_hf.evaluation import with_truth
     from siglip_hf.evaluation.confusion_picture import check_picture_file, draw_confusion
-    from siglip_hf.evaluation.measures import evaluate as measure
-    from siglip_hf.evaluation.measures import with_truth
     from siglip_hf.inference.classify import read_labels_file, read_truth_file
     from siglip_hf.inference.label_bank import parse_templates
     from siglip_hf.inference.prompt_templates import template_set

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from siglip_hf.extras import missing
 
 if TYPE_CHECKING:
-    from siglip_hf.evaluation.measures import ZeroShotAccuracy
+    from siglip_hf.evaluation.zero_shot import ZeroShotAccuracy
 
 #: Classes that a reader can tell apart on a page; of more, those with the most mistakes are drawn.
 MAX_CLASSES = 60
