@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -11,13 +12,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from transformers import TrainingArguments
+from torch.overrides import TorchFunctionMode
+from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput
 
 import siglip_hf
-from siglip_hf.evaluation.measures import retrieval_recall
+from siglip_hf.evaluation import retrieval_recall
 from siglip_hf.losses.sigmoid import sigmoid_loss
+from siglip_hf.losses.tiles import _product
 from siglip_hf.training import SiglipTrainer, SiglipTrainingArguments
+from siglip_hf.training.measuring import measure_pairs
 from siglip_hf.training.pairs import Draw, PairSampler, positive_groups
 from tiny_checkpoint import write_tiny_checkpoint
 from tiny_siglip2 import write_naflex
@@ -78,6 +82,33 @@ def test_accumulation_is_the_large_batch(reference, checkpoint, data, tmp_path, 
     assert logged(trainer, "epoch")[:3] == pytest.approx(logged(expected[0], "epoch")[:3])
 
 
+def count_bytes():
+    """Lets the collectives that evaluation may use note what this process sends: [bytes of tensors, of objects]."""
+    sent = {"tensors": 0, "objects": 0, "measured": 0}
+    originals = {name: getattr(dist, name) for name in ("gather", "broadcast_object_list", "all_gather_object")}
+
+    def gather(tensor, gather_list=None, **kwargs):
+        sent["tensors"] += tensor.numel() * tensor.element_size()
+        return originals["gather"](tensor, gather_list, **kwargs)
+
+    def broadcast_object_list(objects, **kwargs):
+        sent["objects"] += len(pickle.dumps(objects))
+        return originals["broadcast_object_list"](objects, **kwargs)
+
+    def all_gather_object(everyone, value, **kwargs):
+        sent["objects"] += len(pickle.dumps(value))
+        return originals["all_gather_object"](everyone, value, **kwargs)
+
+    def measure(*args):
+        sent["measured"] += 1
+        return measure_pairs(*args)
+
+    for function in (gather, broadcast_object_list, all_gather_object):
+        setattr(dist, function.__name__, function)
+    siglip_hf.training.trainer.measure_pairs = measure
+    return sent
+
+
 def run_in_process(rank, kind, shape, checkpoint, data, folder):
     from accelerate.state import AcceleratorState
 
@@ -88,9 +119,10 @@ def run_in_process(rank, kind, shape, checkpoint, data, folder):
     output = Path(folder) / f"{kind}-{shape}"
     trainer = make_trainer(checkpoint, data, output, **options)
     trainer.train()
+    sent = count_bytes()
     sharded = any(hasattr(value, "full_tensor") for value in trainer.model.parameters())
     found = {"weights": weights(trainer), "loss": logged(trainer, "loss"), "metrics": trainer.evaluate()}
-    found["sharded"] = sharded
+    found["sharded"], found["sent"] = sharded, dict(sent)
     dist.barrier()
     if shape == "at once":
         return found
@@ -138,6 +170,18 @@ def test_two_processes_are_one_with_the_same_batch(found, reference, kind, shape
         for name, value in metrics.items():
             if "loss" in name or "recall" in name:
                 assert result["metrics"][name] == pytest.approx(value, abs=1e-4), name
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_evaluation_sends_each_row_once_and_measures_once(found, kind):
+    folder = found[1] / f"{kind}-accumulated" / "checkpoint-3"
+    width = siglip_hf.SiglipConfig.from_pretrained(folder).vision_config.hidden_size
+    for rank in range(2):
+        sent = found[0][rank][kind, "at once"]["sent"]
+        assert sent["measured"] == (1 if rank == 0 else 0)
+        # 10 pictures and 20 texts in batches of 8: 16 and 32 rows with the places of each, half from either process.
+        assert sent["tensors"] == (8 + 16) * (4 * width + 8)
+        assert sent["objects"] < 4096
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
@@ -355,6 +399,79 @@ def test_naflex(tmp_path, data):
     trainer.train()
     assert trainer.evaluate()["eval_loss"] > 0
     assert largest_difference(weights(trainer), before) > 0
+
+
+class Reads(TorchFunctionMode):
+    """Counts what would wait for an accelerator: values of floating-point tensors that Python asks for."""
+
+    names = ("item", "tolist", "cpu", "numpy", "nonzero", "unique", "__bool__", "__float__", "__int__")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in self.names and isinstance(args[0], torch.Tensor) and args[0].is_floating_point():
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("repeated", [False, True], ids=["each alone", "shared pictures"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_reads_nothing_back(checkpoint, data, tmp_path, accumulation, repeated):
+    reads = {}
+    for steps in (1, 2):
+        options = {"per_device_train_batch_size": (20 if repeated else 4) // accumulation, "max_steps": steps}
+        options |= {"gradient_accumulation_steps": accumulation, "optim": "sgd", "logging_steps": 100}
+        trainer = make_trainer(checkpoint, data, tmp_path, **options)
+        assert trainer.get_train_dataloader().device is None  # the keys of a batch stay on the CPU
+        with Reads() as counter:
+            trainer.train()
+        reads[steps] = sorted(counter.found)
+        assert (trainer._latest[2] is not None) == repeated
+    assert reads[2] == reads[1]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 3e-2), ("fp16", 5e-3)])
+def test_mixed_precision_reaches_the_loss(checkpoint, data, tmp_path, monkeypatch, precision, tolerance, accumulation):
+    dtypes = []
+    monkeypatch.setattr(
+        "siglip_hf.losses.tiles._product", lambda a, b, out: (dtypes.append(a.dtype), _product(a, b, out))
+    )
+
+    class Keep(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            found[name] = torch.cat([value.grad.flatten() for value in model.parameters()])
+
+    found = {}
+    for name in ("fp32", precision):
+        options = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+        trainer = make_trainer(
+            checkpoint, data, tmp_path, max_steps=1, bf16=name != "fp32", callbacks=[Keep()], **options
+        )
+        if name == "fp16":  # accelerate has no float16 on a CPU, but PyTorch has
+            trainer.accelerator.state._mixed_precision = "fp16"
+            trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+        trainer.train()
+        assert set(dtypes) == {{"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]}
+        dtypes.clear()
+    error = (found[precision] - found["fp32"]).norm() / found["fp32"].norm()
+    assert 0 < error < tolerance
+
+
+@pytest.mark.parametrize("steps", [5, 6])
+def test_a_finished_run_takes_no_step(checkpoint, data, tmp_path, steps):
+    # Epochs of 3 steps: the end in the middle of one, and at the end of one.
+    options = {"per_device_train_batch_size": 4, "max_steps": steps, "save_strategy": "steps", "save_steps": 1}
+    whole = make_trainer(checkpoint, data, tmp_path, **options)
+    whole.train()
+    again = make_trainer(checkpoint, data, tmp_path, **options)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == steps
+    assert largest_difference(weights(again), weights(whole)) == 0
+    assert logged(again, "loss") == logged(whole, "loss")
 
 
 def test_mistakes_are_named(checkpoint, data, tmp_path):

@@ -6,6 +6,8 @@ gradients travel behind them, so that nothing is gathered and the backward pass 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -142,6 +144,21 @@ class _RingLoss(LossFunction):
     forward = staticmethod(_loss_and_gradients)
 
 
+@functools.cache
+def control_group(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same processes that exchanges tensors on the CPU; all of them must call.
+
+    What a CPU must know before it goes on, such as sizes, would wait on an accelerator for all that was begun there.
+
+    Args:
+        group: The group; it is its own control group if it can do this itself, otherwise one of gloo is made once.
+    """
+    if "cpu:" in dist.get_backend_config(group):
+        return group
+    ranks = dist.get_process_group_ranks(group)
+    return dist.new_group(ranks, backend="gloo", use_local_synchronization=True)
+
+
 def _agree(
     images: Tensor,
     texts: Tensor,
@@ -158,9 +175,9 @@ def _agree(
     width = texts.shape[-1] if texts.dim() == 2 else 0
     dtype = _DTYPES.index(images.dtype) if images.dtype in _DTYPES else -1
     mine = [bool(problem), len(texts) if texts.dim() else 0, width, dtype, positives is not None, *needs]
-    row = torch.tensor([int(value) for value in mine], device=images.device)
+    row = torch.tensor([int(value) for value in mine])
     table = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(table, row, group=group)
+    dist.all_gather(table, row, group=control_group(group))
     problems, sizes, widths, dtypes, with_ids, *wanted = torch.stack(table, dim=1).tolist()
     if problem:
         raise ValueError(problem)

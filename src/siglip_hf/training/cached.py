@@ -182,15 +182,19 @@ def embed_pairs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, Any]:
     """
     # Autocast keeps the weights it has converted. Converted without a graph, they would have no gradient later.
     torch.clear_autocast_cache()
-    device = next(model.parameters()).device
-    inputs = {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and value.device.type == "cpu" else value
-        for name, value in batch.items()
-    }
+    inputs = on_device(batch, next(model.parameters()).device)
     stored = inputs.pop("image_embeds", None)
     output = model(**inputs, return_dict=True) if inputs else None
     images, texts = (None, None) if output is None else (output.image_embeds, output.text_embeds)
     return images if stored is None else stored, texts
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A micro-batch whose tensors have left the CPU for the model's device."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and value.device.type == "cpu" else value
+        for name, value in batch.items()
+    }
 
 
 def _send_back(roots: list[_Root]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image, ImageEnhance, ImageOps
@@ -17,9 +17,6 @@ from PIL import Image, ImageEnhance, ImageOps
 from siglip_hf.data.sources import Record, Source
 from siglip_hf.preprocessing.image_intake import PictureError
 from siglip_hf.training.pairs import Draw, check_templates, picture_key, stable_number, texts_of
-
-if TYPE_CHECKING:
-    from siglip_hf.training.locked import ImageStore
 
 #: What `augment` can do, in the order in which it is done.
 AUGMENTATIONS = ("crop", "flip", "color")
@@ -31,6 +28,13 @@ _CROP_AREA, _CROP_RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 _COLOR_CHANGE = 0.2
 # So many broken pictures in a row mean that something else is wrong, such as a disk that is gone.
 _MOST_REPLACEMENTS = 100
+
+
+class PictureEmbeddings(Protocol):
+    """Embeddings of pictures that were computed before, such as an `ImageStore`."""
+
+    def read(self, record: Record) -> torch.Tensor:
+        """The embedding (E,) of a record's picture."""
 
 
 class PairCollator:
@@ -62,7 +66,7 @@ class PairCollator:
         augment: Sequence[str] = (),
         captions: str = "random",
         templates: str | Sequence[str] | None = None,
-        store: ImageStore | None = None,
+        store: PictureEmbeddings | None = None,
     ):
         unknown = [name for name in augment if name not in AUGMENTATIONS]
         if unknown:

@@ -14,10 +14,8 @@ from torch.utils.data import Sampler
 
 from siglip_hf.data.sources import Record, Source, open_source
 from siglip_hf.inference.label_bank import parse_templates
+from siglip_hf.inference.pipeline import DEFAULT_TEMPLATE
 from siglip_hf.preprocessing.text_cleaning import label_words
-
-#: Captions of a picture that has only a label, unless other templates are given.
-LABEL_TEMPLATES = ("This is a photo of {}.",)
 
 
 class Draw(NamedTuple):
@@ -71,7 +69,7 @@ def texts_of(record: Record, templates: Sequence[str]) -> tuple[str, ...]:
 
 def check_templates(templates: str | Sequence[str] | None) -> tuple[str, ...]:
     """Templates for labels, the usual ones if none are given."""
-    return parse_templates(templates) if templates else LABEL_TEMPLATES
+    return parse_templates(templates or DEFAULT_TEMPLATE)
 
 
 def picture_key(record: Record) -> int:
@@ -101,10 +99,11 @@ class PairSampler(Sampler[tuple[int, int]]):
         size: Number of pairs of the source.
         batch_size: Pairs of an optimizer step, over all processes and micro-batches.
         seed: Of the order.
-        epoch: Tells the current epoch whenever an iteration starts, also in the middle of a run.
+        epoch: Tells the current epoch whenever an iteration starts, also in the middle of a run; None after its end,
+            which makes the iteration empty: the Trainer would take one more step when it goes on with a finished run.
     """
 
-    def __init__(self, size: int, batch_size: int, seed: int, epoch: Callable[[], int]):
+    def __init__(self, size: int, batch_size: int, seed: int, epoch: Callable[[], int | None]):
         self.size, self.seed, self.epoch = size, seed, epoch
         self.steps = -(-size // batch_size)
         self.length = self.steps * batch_size
@@ -114,6 +113,8 @@ class PairSampler(Sampler[tuple[int, int]]):
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         epoch = self.epoch()
+        if epoch is None:
+            return
         start = epoch * self.length
         for place in range(self.length):
             around, within = divmod(place, self.size)

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,28 +19,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
-from siglip_hf.data.sources import Record, Source
-from siglip_hf.evaluation.measures import retrieval_recall
+from siglip_hf.data.sources import Source
+from siglip_hf.losses.ring import control_group
 from siglip_hf.losses.sigmoid import sigmoid_loss
 from siglip_hf.models.layers import SiglipEncoderLayer
-from siglip_hf.training.cached import cached_backward, embed_pairs, owner_of_scale, whole_parameter
+from siglip_hf.training.cached import cached_backward, embed_pairs, on_device, owner_of_scale, whole_parameter
 from siglip_hf.training.collator import PairCollator, PictureCollator
 from siglip_hf.training.locked import ImageStore
+from siglip_hf.training.measuring import EvaluatedPictures, mean_cosines, measure_pairs
 from siglip_hf.training.pairs import (
     Draw,
     PairSampler,
     check_templates,
-    picture_key,
     positive_groups,
-    stable_number,
-    texts_of,
     training_pairs,
 )
 
@@ -49,7 +47,6 @@ _UNFINISHED = ".unfinished"
 _SCALARS = ("logit_scale", "logit_bias")
 _BROKEN_FILE = "broken.json"
 _SCALARS_FILE = "scale_and_bias.safetensors"
-_RECALL_AT = (1, 5, 10)
 
 
 @dataclass
@@ -78,6 +75,8 @@ class SiglipTrainingArguments(TrainingArguments):
     remove_unused_columns: bool = False
     # Every parameter that is trained takes part in every step.
     ddp_find_unused_parameters: bool | None = False
+    # It would wait for the accelerator at every step, to hide a loss that is not a number from the logs.
+    logging_nan_inf_filter: bool = False
 
 
 class SiglipTrainer(Trainer):
@@ -167,7 +166,7 @@ class SiglipTrainer(Trainer):
         # The loss of a step is that of its whole batch, not a sum of parts to be divided.
         self.loss_is_scaled_for_ga = True
         self._micro_batches: list[dict[str, Any]] = []
-        self._means: tuple[Tensor, Tensor] | None = None
+        self._latest: tuple[Tensor, Tensor, Tensor | None] | None = None  # what the last step had, for the logs
         self._timer: tuple[float, int] | None = None
         self._writes_checkpoint = False
 
@@ -206,11 +205,16 @@ class SiglipTrainer(Trainer):
             raise ValueError("training needs a train_dataset")
         source: Source = self.train_dataset
         seed = self.data_collator.seed
-        sampler = PairSampler(len(source), self.batch_size, seed, lambda: self.state.global_step // sampler.steps)
+
+        def epoch() -> int | None:
+            finished = 0 < self.state.max_steps <= self.state.global_step
+            return None if finished else self.state.global_step // sampler.steps
+
+        sampler = PairSampler(len(source), self.batch_size, seed, epoch)
         loader = self._loader(_Draws(source), self.args.train_batch_size, self.data_collator, sampler)
-        if self.args.gradient_accumulation_steps > 1:
-            # A batch larger than memory waits on the CPU, and each micro-batch is moved when its turn comes.
-            loader.device = None  # type: ignore[attr-defined]
+        # A batch larger than memory waits on the CPU, and each micro-batch is moved when its turn comes. The keys of a
+        # batch stay there: read from an accelerator, they would have to wait for all that it has to do.
+        loader.device = None  # type: ignore[attr-defined]
         return loader
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -223,7 +227,7 @@ class SiglipTrainer(Trainer):
             eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
             if eval_dataset is None:
                 raise ValueError("evaluation needs an eval_dataset")
-        pictures = _Pictures(training_pairs(eval_dataset), self.templates)
+        pictures = EvaluatedPictures(training_pairs(eval_dataset), self.templates)
         return self._loader(pictures, self.args.eval_batch_size, PictureCollator(self.processing_class))
 
     def _loader(self, dataset: Dataset, batch_size: int, collate: Any, sampler: Any = None) -> DataLoader:
@@ -256,20 +260,22 @@ class SiglipTrainer(Trainer):
         if len(self._micro_batches) < self.current_gradient_accumulation_steps:
             return torch.zeros((), device=self.args.device)
         batches, self._micro_batches = self._micro_batches, []
-        if len(batches) == 1:
-            return super().training_step(model, batches[0], num_items_in_batch)
-        model.train()
         positives = self._positives(batches)
-        result = cached_backward(
-            model,
-            batches,
-            group=self._group(),
-            chunk_size=self.args.loss_chunk_size,
-            positives=positives,
-            keep_graphs=self.args.keep_graphs,
-            scaler=self.accelerator.scaler,
-        )
-        self._note_logits(result.image_embeds, result.text_embeds, positives)
+        if len(batches) == 1:
+            inputs = {**on_device(batches[0], self.args.device), "positives": positives}
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        with self.accelerator.autocast():
+            result = cached_backward(
+                model,
+                batches,
+                group=self._group(),
+                chunk_size=self.args.loss_chunk_size,
+                positives=positives,
+                keep_graphs=self.args.keep_graphs,
+                scaler=self.accelerator.scaler,
+            )
+        self._latest = (result.image_embeds, result.text_embeds, positives)
         return result.loss
 
     def compute_loss(
@@ -281,18 +287,20 @@ class SiglipTrainer(Trainer):
         """
         inputs = dict(inputs)
         inputs.pop("broken", None)
-        positives = self._positives([inputs])
+        positives = inputs.pop("positives") if "positives" in inputs else self._positives([inputs])
         images, texts = embed_pairs(model, inputs)
         owner = owner_of_scale(model)
-        loss = sigmoid_loss(
-            images,
-            texts,
-            *(whole_parameter(getattr(owner, name)) for name in _SCALARS),
-            positives=positives,
-            chunk_size=self.args.loss_chunk_size,
-            group=self._group(),
-        )
-        self._note_logits(images.detach(), texts.detach(), positives)
+        # accelerate has turned the embeddings back to float32; the products of the loss are mixed precision as well.
+        with self.accelerator.autocast():
+            loss = sigmoid_loss(
+                images,
+                texts,
+                *(whole_parameter(getattr(owner, name)) for name in _SCALARS),
+                positives=positives,
+                chunk_size=self.args.loss_chunk_size,
+                group=self._group(),
+            )
+        self._latest = (images.detach(), texts.detach(), positives)
         return (loss, {"image_embeds": images, "text_embeds": texts}) if return_outputs else loss
 
     def _group(self) -> Any:
@@ -301,32 +309,22 @@ class SiglipTrainer(Trainer):
     def _positives(self, batches: Sequence[dict[str, Any]]) -> Tensor | None:
         """Groups of pairs that share a picture or a text, over all processes; takes the keys out of the batches."""
         keys = [torch.cat([batch.pop(name) for batch in batches]) for name in ("picture_keys", "text_keys")]
-        own = torch.stack(keys, dim=1).to(self.args.device)  # (B, 2)
-        everyone = self.accelerator.gather(own).cpu() if self.args.world_size > 1 else own.cpu()
-        groups = positive_groups(everyone[:, 0], everyone[:, 1])
+        own = torch.stack(keys, dim=1).cpu()  # (B, 2)
+        everyone = [own]
+        if self.args.world_size > 1:
+            everyone = [torch.empty_like(own) for _ in range(self.args.world_size)]
+            dist.all_gather(everyone, own, group=control_group(dist.group.WORLD))
+        groups = positive_groups(*torch.cat(everyone).unbind(dim=1))
         if groups is None:
             return None
-        return groups.chunk(self.args.world_size)[self.args.process_index].to(self.args.device)
-
-    @torch.no_grad()
-    def _note_logits(self, images: Tensor, texts: Tensor, positives: Tensor | None) -> None:
-        """Keeps the mean cosine of positive and negative pairs of this process: sums of embeddings give both."""
-        images, texts = images.float(), texts.float()
-        if positives is None:
-            right, count = (images * texts).sum(), float(len(images))
-        else:
-            distinct, place, sizes = positives.unique(return_inverse=True, return_counts=True)
-            sums = [side.new_zeros(len(distinct), side.shape[1]).index_add_(0, place, side) for side in (images, texts)]
-            right, count = (sums[0] * sums[1]).sum(), float(sizes.double().square().sum())
-        wrong = images.sum(0) @ texts.sum(0) - right
-        self._means = (right / count, wrong / max(len(images) ** 2 - count, 1.0))
+        return groups.chunk(len(everyone))[self.args.process_index].to(self.args.device, non_blocking=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what is worth watching to the logs of training."""
-        if "loss" in logs and self._means is not None and self._timer is not None:
+        if "loss" in logs and self._latest is not None and self._timer is not None:
             owner = owner_of_scale(self.model_wrapped)
             scale, bias = (whole_parameter(getattr(owner, name)).detach().float().item() for name in _SCALARS)
-            means = torch.stack(self._means)
+            means = mean_cosines(*self._latest)
             if self.args.world_size > 1:
                 means = self.accelerator.reduce(means, reduction="mean")
             now, steps = time.perf_counter(), self.state.global_step - self._timer[1]
@@ -370,7 +368,7 @@ class SiglipTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Embeds all pictures and texts, spread over the processes, and measures the whole set on each of them.
+        """Embeds all pictures and texts, spread over the processes. The first measures the set and tells the others.
 
         Raises:
             ValueError: If no picture of the set can be read.
@@ -380,59 +378,65 @@ class SiglipTrainer(Trainer):
             model = self.accelerator.prepare_model(model, evaluation_mode=True)
         model.eval()
         self.callback_handler.eval_dataloader = dataloader
-        dataset: _Pictures = dataloader.dataset  # type: ignore[assignment]
-        found: dict[int, Tensor] = {}
+        dataset: EvaluatedPictures = dataloader.dataset  # type: ignore[assignment]
+        images: dict[int, Tensor] = {}
         for batch in dataloader:
             self.broken.update(batch.pop("broken"))
-            places, readable = batch.pop("places").tolist(), batch.pop("readable").tolist()
-            embeds = self._embed(model, batch, "image_embeds")
-            found |= {place: row for place, row, ok in zip(places, embeds, readable, strict=True) if ok}
+            places = torch.where(batch.pop("readable"), batch.pop("places"), -1)
+            images |= self._embed(model, batch, "image_embeds", places)
             self.control = self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        found = self._from_all(found)
-        if not found:
-            raise ValueError(f"{dataset.name}: none of {len(dataset)} pictures could be read.")
-        rows = {place: row for row, place in enumerate(sorted(found))}
-        images = torch.stack([found[place] for place in rows])  # (I, E)
-        kept = [(text, rows[owner]) for text, owner in dataset.texts if owner in rows]
-        texts = self._embed_texts(model, [text for text, _ in kept])  # (T, E)
-        owners = torch.tensor([owner for _, owner in kept])  # (T,)
+        texts = self._embed_texts(model, [text for text, _ in dataset.texts])
+        owner = owner_of_scale(model)
+        scalars = [whole_parameter(getattr(owner, name)).detach().float().cpu() for name in _SCALARS]
 
-        recall = retrieval_recall(images, texts, owners, ks=[k for k in _RECALL_AT if k < len(images)] or [1])
-        text_keys = torch.tensor([stable_number("text", text) for text, _ in kept])
-        inner = owner_of_scale(model)
-        with torch.no_grad():
-            scalars = [whole_parameter(getattr(inner, name)).float().cpu() for name in _SCALARS]
-            loss = sigmoid_loss(images[owners], texts, *scalars, positives=positive_groups(owners, text_keys))
-        metrics = {"loss": loss.item(), **recall.as_dict()}
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=len(images))
+        outcome: list[Any] = [None]
+        if self.args.process_index == 0:
+            try:
+                outcome = [measure_pairs(dataset, images, texts, scalars)]
+            except ValueError as error:  # it stops all processes, not the first alone
+                outcome = [error]
+        broadcast_object_list(outcome)
+        if isinstance(outcome[0], ValueError):
+            raise outcome[0]
+        count, measures = outcome[0]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in measures.items()}
+        return EvalLoopOutput(predictions=np.empty(0), label_ids=None, metrics=metrics, num_samples=count)
 
     @torch.no_grad()
-    def _embed(self, model: nn.Module, inputs: dict[str, Any], name: str) -> Tensor:
+    def _embed(self, model: nn.Module, inputs: dict[str, Any], name: str, places: Tensor) -> dict[int, Tensor]:
+        """The embedding (E,) by place of all processes' inputs, as many on each; on the CPU of the first process alone.
+
+        Args:
+            model: As prepared for evaluation.
+            inputs: Of one tower.
+            name: Which output is wanted.
+            places: (B,) integers; -1 for what is left out.
+        """
         with self.compute_loss_context_manager():
-            return model(**self._prepare_inputs(inputs), return_dict=True)[name].float().cpu()
+            rows = model(**self._prepare_inputs(inputs), return_dict=True)[name].float()  # (B, E)
+        places, rows = (self._to_first(value) for value in (places.to(rows.device), rows))
+        return {place: row for place, row in zip(places.tolist(), rows, strict=True) if place >= 0}
 
-    def _embed_texts(self, model: nn.Module, texts: list[str]) -> Tensor:
-        """(T, E), on the CPU. Each process embeds as many batches, since sharded towers run in step."""
-        size, world, rank = self.args.eval_batch_size, max(1, self.args.world_size), self.args.process_index
-        rounds = -(-len(texts) // (size * world))
-        found: dict[int, Tensor] = {}
-        for turn in range(rounds):
-            start = (turn * world + rank) * size
-            places = [place % len(texts) for place in range(start, start + size)] if world > 1 else None
-            places = list(range(start, min(start + size, len(texts)))) if places is None else places
-            inputs = self.processing_class(text=[texts[place] for place in places], return_tensors="pt")
-            found |= dict(zip(places, self._embed(model, dict(inputs), "text_embeds"), strict=True))
-        found = self._from_all(found)
-        return torch.stack([found[place] for place in range(len(texts))])
-
-    def _from_all(self, found: dict[int, Tensor]) -> dict[int, Tensor]:
-        """What all processes have found."""
+    def _to_first(self, own: Tensor) -> Tensor:
+        """The rows of all processes' tensors, on the CPU of the first process; none elsewhere."""
         if self.args.world_size <= 1:
-            return found
-        everyone: list[Any] = [None] * self.args.world_size
-        dist.all_gather_object(everyone, found)
-        return {place: row for part in everyone for place, row in part.items()}
+            return own.cpu()
+        first = self.args.process_index == 0
+        parts = [torch.empty_like(own) for _ in range(self.args.world_size)] if first else None
+        dist.gather(own.contiguous(), parts)
+        return own[:0].cpu() if parts is None else torch.cat(parts).cpu()
+
+    def _embed_texts(self, model: nn.Module, texts: list[str]) -> dict[int, Tensor]:
+        """As `_embed`, all texts by place. Each process embeds as many batches, since sharded towers run in step."""
+        size, world, rank = self.args.eval_batch_size, max(1, self.args.world_size), self.args.process_index
+        found: dict[int, Tensor] = {}
+        for first in range(0, len(texts), size * world):
+            start = first + rank * size
+            stop = start + size if world > 1 else min(start + size, len(texts))
+            places = [place % len(texts) for place in range(start, stop)]
+            inputs = self.processing_class(text=[texts[place] for place in places], return_tensors="pt")
+            found |= self._embed(model, dict(inputs), "text_embeds", torch.tensor(places))
+        return found
 
     def broken_everywhere(self) -> dict[str, str]:
         """`broken` of all processes; each of them must call."""
@@ -513,35 +517,6 @@ class _Draws(Dataset):
 
     def __getitem__(self, drawn: tuple[int, int]) -> Draw:
         return Draw(self.source[drawn[0]], drawn[1])
-
-
-class _Pictures(Dataset):
-    """The pictures of a source, each once however many records hold it, and their texts.
-
-    Attributes:
-        texts: Each text with the place of its picture; a text once per picture.
-    """
-
-    def __init__(self, source: Source, templates: Sequence[str]):
-        self.name = source.name
-        self.records: list[Record] = []
-        places: dict[int, int] = {}
-        texts: dict[tuple[str, int], None] = {}
-        for record in source:
-            place = places.setdefault(picture_key(record), len(places))
-            if place == len(self.records):
-                self.records.append(record)
-            texts |= {(text, place): None for text in texts_of(record, templates)}
-        self.texts = list(texts)
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, place: int) -> tuple[int, Record]:
-        return place, self.records[place]
-
-    def __iter__(self) -> Iterator[tuple[int, Record]]:
-        return iter(enumerate(self.records))
 
 
 def _check_locked(model: Any, store: ImageStore) -> None:
