@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from PIL import Image
 
 import siglip_hf
 from siglip_hf.cli.main import main
-from siglip_hf.training.settings import TrainSettings, read_config
+from siglip_hf.files import only_run
+from siglip_hf.training.run import run_training
+from siglip_hf.training.settings import TrainSettings
+from siglip_hf.training.trainer import SiglipTrainer
 from tiny_checkpoint import write_tiny_checkpoint
 from training_data import largest_difference, write_captioned, write_two_captions
 
@@ -59,7 +63,7 @@ def test_from_pictures_to_a_checkpoint(data, checkpoint, tmp_path, capsys):
     assert report["before"].keys() == report["after"].keys() >= {"loss", "text_to_image_recall_at_5"}
     assert report["before"]["loss"] != report["after"]["loss"]
     assert largest_difference(weights(output), weights(checkpoint)) > 1e-4
-    assert not list(output.glob(".*"))
+    assert [path.name for path in output.glob(".*")] == [".lock"]
     # The folder is a checkpoint for all else.
     picture = str(next(iter(data.glob("*.png"))))
     assert main(["classify", picture, "--labels", "cat, dog", "--model", str(output)]) == 0
@@ -163,6 +167,8 @@ def test_lora(data, checkpoint, tmp_path):
         (["--model", "no/such/model"], "cannot load 'no/such/model'"),
         (["--fsdp"], "there is one; start several with torchrun"),
         (["--template", "no place"], "no single '{}'"),
+        (["--learning-rate", "nan"], "learning_rate=nan must be above 0"),
+        (["--workers", "-1"], "workers=-1 must not be negative"),
     ],
 )
 def test_mistakes_are_one_line(data, checkpoint, tmp_path, capsys, options, message):
@@ -177,7 +183,9 @@ def test_data_that_cannot_be(checkpoint, tmp_path, capsys):
     assert train(tmp_path / "none", tmp_path / "run", checkpoint) == 2
     assert "no such file or folder" in error_of(capsys)
     assert main(["train", "--output", str(tmp_path / "run")]) == 2
-    assert "no data given" in error_of(capsys)
+    assert "Missing argument 'DATA'" in error_of(capsys)
+    assert main(["train", str(tmp_path / "empty")]) == 2
+    assert "Missing option '--out'" in error_of(capsys)
     (tmp_path / "pictures").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
     assert train(tmp_path / "pictures", tmp_path / "run", checkpoint) == 2
@@ -190,22 +198,147 @@ def test_data_that_cannot_be(checkpoint, tmp_path, capsys):
     assert (tmp_path / "full" / "letter.txt").exists()
 
 
-def test_configuration_files(tmp_path):
+def test_configuration_files(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr("siglip_hf.training.run.run_training", lambda settings, on_progress: given.append(settings))
     path = tmp_path / "a.json"
-    path.write_text('{"data": "x", "output": "y", "learning-rate": 1, "freeze": "image"}')
-    settings = TrainSettings.read(read_config(path))
-    assert (settings.data, settings.learning_rate, settings.freeze) == (["x"], 1.0, ["image"])
-    for text, message in (
-        ('{"data": "x", "output": "y", "rate": 1}', "rate is not known"),
-        ('{"data": "x", "output": "y", "steps": "many"}', "steps='many' should be of type int"),
-        ('{"data": "x", "output": "y", "steps": true}', "steps=True should be of type int"),
-        ('{"output": "y"}', "no data given"),
-        ("[1]", "names and values"),
-        ("{", "not JSON"),
-    ):
-        path.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            TrainSettings.read(read_config(path))
-    (tmp_path / "a.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="not YAML"):
-        read_config(tmp_path / "a.yaml")
+    path.write_text(
+        '\ufeff{"data": "x", "output": "y", "learning-rate": 1, "freeze": "image", "cpu": true, "steps": 3}'
+    )
+    assert main(["train", "--config", str(path), "--steps", "5", "--augment", "crop, flip", "--augment", "color"]) == 0
+    (settings,) = given
+    assert (settings.data, settings.output, settings.learning_rate) == (["x"], "y", 1.0)
+    assert (settings.freeze, settings.cpu, settings.fsdp, settings.steps) == (["image"], True, False, 5)
+    assert settings.augment == ["crop", "flip", "color"]
+    # What is not given is as in Python.
+    assert settings == TrainSettings(
+        ["x"], "y", learning_rate=1.0, freeze=["image"], cpu=True, steps=5, augment=["crop", "flip", "color"]
+    )
+    path.write_text('{"data": ["x", "z"], "freeze": ["image"], "steps": null}')
+    assert main(["train", "w", "--output", "y", "--config", str(path), "--freeze", "text"]) == 0
+    assert (given[1].data, given[1].freeze, given[1].steps) == (["w"], ["text"], None)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.json", '{"data": "x", "output": "y", "rate": 1}', "rate is not known"),
+        ("a.json", '{"data": "x", "output": "y", "config": "z"}', "config is not known"),
+        ("a.json", '{"data": "x", "output": "y", "steps": "many"}', "Invalid value for '--steps'"),
+        ("a.json", '{"data": "x", "output": "y", "steps": true}', "Invalid value for '--steps'"),
+        ("a.json", '{"data": "x", "output": "y", "steps": 2.5}', "Invalid value for '--steps'"),
+        ("a.json", '{"data": "x", "output": "y", "steps": [2]}', "steps takes one value"),
+        ("a.json", '{"data": "x", "output": "y", "model": {"a": 1}}', "model takes one value"),
+        ("a.json", '{"data": [["x"]], "output": "y"}', "data takes values"),
+        ("a.json", '{"data": "x", "output": "y", "cpu": "perhaps"}', "Invalid value for '--cpu'"),
+        ("a.json", '{"output": "y"}', "Missing argument 'DATA'"),
+        ("a.json", "[1]", "names and values"),
+        ("a.json", "{", "is not JSON"),
+        ("a.json", "[" * 100_000, "nested too deeply"),
+        ("a.json", "\udcff", "is not JSON"),
+        ("a.yaml", "a: [", "is not YAML"),
+        ("a.yaml", "[" * 100_000, "nested too deeply"),
+        ("a.yaml", '{"a": ' * 100_000, "nested too deeply"),
+        ("a.yaml", "1: 2", "names and values"),
+        ("a.yaml", "\x01", "is not YAML"),
+        ("a.yaml", "", "names and values"),
+    ],
+)
+def test_wrong_configuration_files_are_one_line(tmp_path, capsys, name, text, message):
+    (tmp_path / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+    assert main(["train", "--config", str(tmp_path / name)]) == 2
+    assert message in error_of(capsys)
+
+
+def test_a_configuration_file_that_is_not_there(tmp_path, capsys):
+    assert main(["train", "--config", str(tmp_path / "none.yaml")]) == 2
+    assert "none.yaml" in error_of(capsys)
+
+
+class Killed(BaseException):
+    """Stands for a signal: nothing may catch it."""
+
+
+# Each step, and each file or folder that a run puts into its place, is a point at which it may be killed.
+POINTS = [(f"step {step}", 1) for step in (1, 2, 3)] + [("move", count) for count in range(1, 30)] + [("evaluate", 2)]
+
+
+def test_killed_anywhere_it_ends_with_the_same_weights(data, checkpoint, tmp_path, monkeypatch):
+    """Three steps with a checkpoint after the second and the last; an epoch has two, so that the end is inside one."""
+    settings = {"steps": 3, "save_every": 2, "batch_size": 4, "micro_batch": 2, "learning_rate": 1e-3, "cpu": True}
+
+    def run(output, point=None, wanted=0):
+        seen = []
+
+        def count(name):
+            seen.append(name)
+            if name == point and seen.count(name) == wanted:
+                raise Killed
+
+        def counted(name, function):
+            def call(*args, **kwargs):
+                count(name)
+                return function(*args, **kwargs)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", counted("move", os.replace))
+            patch.setattr(Path, "replace", counted("move", Path.replace))
+            patch.setattr(SiglipTrainer, "evaluate", counted("evaluate", SiglipTrainer.evaluate))
+            report = run_training(
+                TrainSettings([str(data)], str(output), model=str(checkpoint), **settings),
+                on_progress=lambda what, done, total: count(f"step {done}") if what == "training" else None,
+            )
+        return report, seen
+
+    whole, seen = run(tmp_path / "whole")
+    expected = weights(tmp_path / "whole")
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    moves = seen.count("move")
+    assert 8 < moves < 30
+    for point, wanted in POINTS:
+        if point == "move" and wanted > moves:
+            continue
+        output = tmp_path / f"{point} {wanted}"
+        with pytest.raises(Killed):
+            run(output, point, wanted)
+        report, _ = run(output)
+        assert largest_difference(weights(output), expected) == 0, (point, wanted)
+        losses = [[(entry["step"], entry["loss"]) for entry in r.history if "loss" in entry] for r in (report, whole)]
+        assert losses[0] == losses[1], (point, wanted)
+        assert (report.after["loss"], report.before["loss"]) == (whole.after["loss"], whole.before["loss"])
+        assert sorted(path.name for path in output.iterdir()) == files, (point, wanted)
+
+
+def test_two_runs_at_one_output(data, checkpoint, tmp_path, capsys):
+    output = tmp_path / "run"
+    with only_run(output):
+        assert train(data, output, checkpoint, "--steps", 2) == 2
+        assert "another run is writing to" in error_of(capsys)
+        assert [path.name for path in output.iterdir()] == [".lock"]
+    assert train(data, output, checkpoint, "--steps", 2) == 0
+
+
+def test_interrupted_it_says_that_a_rerun_goes_on(data, checkpoint, tmp_path, capsys, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(SiglipTrainer, "training_step", interrupt)
+    assert train(data, tmp_path / "run", checkpoint, "--steps", 2) == 130
+    assert error_of(capsys) == "siglip-hf: stopped; the same command goes on where this stopped"
+    monkeypatch.undo()
+    assert train(data, tmp_path / "run", checkpoint, "--steps", 2) == 0
+
+
+def test_a_damaged_folder_is_named(data, checkpoint, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert train(data, output, checkpoint, "--steps", 1) == 0
+    for name in ("report.json", "settings.json"):
+        whole = (output / name).read_text()
+        for text in (whole.replace("1", "2", 1), "[]", "{", '"x"'):
+            (output / name).write_text(text)
+            capsys.readouterr()
+            assert train(data, output, checkpoint, "--steps", 1) == 2
+            assert f"{name} is damaged" in error_of(capsys)
+        (output / name).write_text(whole)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import sys
+import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from siglip_hf.cli.common import embedded_note, no_library_progress, progress_bar
+from siglip_hf.training.settings import TrainSettings, read_config
 
 if TYPE_CHECKING:
     from siglip_hf.training.run import TrainReport
@@ -17,73 +21,16 @@ if TYPE_CHECKING:
 _MOST_LINES = 20
 
 
-def train(
-    context: typer.Context,
-    data: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="DATA", help="A folder, a table, tar shards or a saved dataset: pictures with captions."
-        ),
-    ] = None,
-    output: Annotated[
-        str | None, typer.Option("--out", "-o", help="Folder of the run. Run again, it goes on where it was.")
-    ] = None,
-    output_of_old: Annotated[str | None, typer.Option("--output", hidden=True)] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML or JSON file with any of these options.")] = None,
-    model: Annotated[str | None, typer.Option(help="A checkpoint; without it the embedded one.")] = None,
-    eval_data: Annotated[list[str] | None, typer.Option(help="Pictures on which recall is measured.")] = None,
-    hold_out: Annotated[int | None, typer.Option(help="So many pictures of DATA are kept to measure recall.")] = None,
-    image_column: Annotated[str | None, typer.Option(help="Column with the pictures.")] = None,
-    caption_column: Annotated[str | None, typer.Option(help="Column with the captions.")] = None,
-    label_column: Annotated[str | None, typer.Option(help="Column with the class.")] = None,
-    split: Annotated[str | None, typer.Option(help="Split of a saved dataset.  [default: train]")] = None,
-    template: Annotated[
-        list[str] | None, typer.Option(help="Text with {} for the label of a picture without captions.")
-    ] = None,
-    captions: Annotated[str | None, typer.Option(help="random or first, of several.  [default: random]")] = None,
-    augment: Annotated[str | None, typer.Option(help="Any of crop,flip,color.")] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.  [default: 10]")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps, in place of epochs.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pairs in the loss of a step.  [default: 256]")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Pairs in memory at a time.  [default: 32]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="At its peak.  [default: 3e-5]")] = None,
-    scale_learning_rate: Annotated[float | None, typer.Option(help="Of temperature and bias.")] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="[default: 0.01]")] = None,
-    warmup: Annotated[float | None, typer.Option(help="Share of the steps.  [default: 0.1]")] = None,
-    schedule: Annotated[str | None, typer.Option(help="cosine, linear or constant.  [default: cosine]")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.  [default: float32]")] = None,
-    gradient_checkpointing: Annotated[bool, typer.Option(help="Less memory, more time.")] = False,
-    compile: Annotated[bool, typer.Option(help="Run the model through torch.compile.")] = False,
-    fsdp: Annotated[bool, typer.Option(help="Shard the model over the processes.")] = False,
-    freeze: Annotated[
-        list[str] | None, typer.Option(help="image, text, image:6 (its first 6 blocks), or a pattern of names.")
-    ] = None,
-    lora: Annotated[int | None, typer.Option(help="Rank of LoRA adapters.")] = None,
-    image_store: Annotated[str | None, typer.Option(help="Folder for embeddings of a frozen image tower.")] = None,
-    seed: Annotated[int | None, typer.Option(help="[default: 0]")] = None,
-    eval_every: Annotated[int | None, typer.Option(help="Steps between measurements.")] = None,
-    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; a tenth of the run.")] = None,
-    keep: Annotated[int | None, typer.Option(help="Checkpoints kept.  [default: 2]")] = None,
-    log_every: Annotated[int | None, typer.Option(help="Steps between points of the plot.  [default: 1]")] = None,
-    workers: Annotated[int | None, typer.Option(help="Processes that read pictures.")] = None,
-    cpu: Annotated[bool, typer.Option(help="Leave accelerators alone.")] = False,
-) -> int:
+def train(**options: Any) -> int:
     """Fine-tune on pictures with captions, or with labels.
 
     Stopped at any moment, it goes on when it is called again. The folder gets the checkpoint, loss.png and report.json.
     For several processes: torchrun --nproc-per-node 2 --no-python siglip-hf train ...
     """
     from siglip_hf.training.run import run_training
-    from siglip_hf.training.settings import TrainSettings, read_config
 
-    given = _given(context)
-    given.pop("config", None)
-    if old := given.pop("output_of_old", None):
-        given.setdefault("output", old)
-    if augment is not None:
-        given["augment"] = [name.strip() for name in augment.split(",") if name.strip()]
-    values = read_config(config) if config else {}
-    settings = TrainSettings.read({**_with_underscores(values), **given}, str(config) if config else "train")
+    del options["config"]  # what it says has gone into the others
+    settings = TrainSettings(**options)
 
     note = embedded_note(settings.model)
     with no_library_progress(), progress_bar() as progress:
@@ -104,18 +51,34 @@ def train(
     return 1 if report.skipped else 0
 
 
-def _given(context: typer.Context) -> dict[str, Any]:
-    """What stands on the command line; the rest may be in a file."""
-    sources = {name: context.get_parameter_source(name) for name in context.params}
-    return {
-        name: value
-        for name, value in context.params.items()
-        if value is not None and getattr(sources[name], "name", "") == "COMMANDLINE"
-    }
+def _use_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Lets a file stand in for what is not on the command line."""
+    if path is not None:
+        context.default_map = read_config(path)
+    return path
 
 
-def _with_underscores(values: dict[str, Any]) -> dict[str, Any]:
-    return {name.replace("-", "_"): value for name, value in values.items()}
+def _parameters() -> list[inspect.Parameter]:
+    """The settings as typer reads them: a field's type with its help, and its default."""
+    kinds = typing.get_type_hints(TrainSettings, include_extras=True)
+    kinds["config"] = Annotated[
+        Path | None,
+        typer.Option(is_eager=True, callback=_use_config, help="A YAML or JSON file with any of these options."),
+    ]
+    defaults: dict[str, Any] = {"config": None}
+    for item in dataclasses.fields(TrainSettings):
+        if item.default is not dataclasses.MISSING:
+            defaults[item.name] = item.default
+        elif item.default_factory is not dataclasses.MISSING:
+            defaults[item.name] = item.default_factory()
+    kind = inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter(name, kind, default=defaults.get(name, inspect.Parameter.empty), annotation=annotation)
+        for name, annotation in kinds.items()
+    ]
+
+
+train.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defined]
 
 
 def _print_report(report: TrainReport, output: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import math
 import os
 import shutil
@@ -13,13 +13,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers.trainer_callback import PrinterCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
 from siglip_hf.data.sources import Source, open_source
 from siglip_hf.extras import missing
-from siglip_hf.files import new_file, sha256, write_json
+from siglip_hf.files import new_file, only_run, read_sealed_json, sha256, write_sealed_json
 from siglip_hf.integrations.peft import lora_config
 from siglip_hf.loading import load_checkpoint
+from siglip_hf.training.locked import freeze, store_images
 from siglip_hf.training.pairs import check_templates, picture_key, stable_number, training_pairs
 from siglip_hf.training.settings import SCHEDULES, TrainSettings
+from siglip_hf.training.trainer import SiglipTrainer, SiglipTrainingArguments
+
+Progress = Callable[[str, int, int], None]
 
 #: Written first, with the settings; a folder that has it is one of a run.
 SETTINGS_FILE = "settings.json"
@@ -71,9 +78,7 @@ class TrainReport:
 
 
 def run_training(
-    settings: TrainSettings,
-    *,
-    on_progress: Callable[[str, int, int], None] | None = None,
+    settings: TrainSettings, *, on_progress: Progress = lambda what, done, total: None
 ) -> TrainReport | None:
     """Trains, or goes on with a run that was interrupted at any moment.
 
@@ -88,6 +93,7 @@ def run_training(
 
     Raises:
         ValueError: For data, a model or settings that cannot be used, and for an `output` of another run.
+        OSError: If another process is writing to `output`.
         ImportError: Naming the extra that is to be installed.
     """
     settings.check()
@@ -96,36 +102,83 @@ def run_training(
     output = Path(settings.output)
     first = int(os.environ.get("RANK", "0")) == 0
     source, held_out = _open_data(settings)
+    plan = _plan(settings, len(source))
+    identity = _identity(settings, plan, _fingerprint(source, held_out))
+    _check_output(output, identity)
+    with only_run(output) if first else contextlib.nullcontext():
+        if _check_output(output, identity) and first:
+            write_sealed_json(output / SETTINGS_FILE, identity)
+        if (output / REPORT_FILE).exists():
+            return TrainReport(**{**_read(output / REPORT_FILE), "finished_before": True}) if first else None
+        last = get_last_checkpoint(str(output)) if output.is_dir() else None  # process 0 may not have made it yet
+        args = _arguments(settings, plan, last)
+        evaluated = _evaluated(settings, source, held_out)
+        on_progress("measuring", 0, plan.steps)
+        trainer = _make_trainer(settings, args, source, evaluated, pyplot, on_progress)
+        trainer.train(resume_from_checkpoint=last)
+        on_progress("measuring", plan.steps, plan.steps)
+        after = trainer.evaluate()
+        broken = trainer.broken_everywhere()
+        _save_model(trainer, output)
+        if not first:
+            return None
+        history = trainer.state.log_history
+        losses = [entry["loss"] for entry in history if "loss" in entry]
+        where = "held out" if held_out is not None and settings.hold_out else "evaluation data"
+        report = TrainReport(
+            pairs=len(source),
+            batch_size=plan.batch_size,
+            steps=plan.steps,
+            skipped=[*source.unused, *(f"{id_}: {reason}" for id_, reason in broken.items())],
+            first_loss=losses[0] if losses else math.nan,
+            last_loss=losses[-1] if losses else math.nan,
+            evaluated=f"{len(evaluated)} {where if held_out is not None else 'training pairs'}",
+            before=_measures(next((entry for entry in history if "eval_loss" in entry), after)),
+            after=_measures(after),
+            seconds=time.perf_counter() - started,
+            resumed_from=int(Path(last).name.partition("-")[2]) if last else 0,
+            processes=args.world_size,
+            history=history,
+        )
+        _plot(pyplot, history, output / PLOT_FILE)
+        write_sealed_json(output / REPORT_FILE, dataclasses.asdict(report))
+        return report
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How the pairs of a step are spread over processes and micro-batches, and how many steps there are."""
+
+    per_device: int
+    accumulation: int
+    batch_size: int
+    steps: int
+
+
+def _plan(settings: TrainSettings, pairs: int) -> _Plan:
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    batch_size = min(settings.batch_size, len(source))
-    accumulation = math.ceil(batch_size / (world * settings.micro_batch))
-    per_device = math.ceil(batch_size / (world * accumulation))
+    wanted = min(settings.batch_size, pairs)
+    accumulation = math.ceil(wanted / (world * settings.micro_batch))
+    per_device = math.ceil(wanted / (world * accumulation))
     batch_size = per_device * accumulation * world
-    steps = settings.steps or math.ceil(settings.epochs * math.ceil(len(source) / batch_size))
+    steps = settings.steps or math.ceil(settings.epochs * math.ceil(pairs / batch_size))
+    return _Plan(per_device, accumulation, batch_size, steps)
 
-    _claim_output(output, settings, {"batch_size": batch_size, "data": _fingerprint(source, held_out)}, first)
-    if (output / REPORT_FILE).exists():
-        report = TrainReport(**json.loads((output / REPORT_FILE).read_text()))
-        return dataclasses.replace(report, finished_before=True) if first else None
 
-    from transformers.trainer_callback import PrinterCallback, TrainerCallback
-    from transformers.trainer_utils import get_last_checkpoint
-
-    from siglip_hf.training.trainer import SiglipTrainer, SiglipTrainingArguments
-
-    last = get_last_checkpoint(str(output)) if output.is_dir() else None  # process 0 may not have made it yet
+def _arguments(settings: TrainSettings, plan: _Plan, last: str | None) -> SiglipTrainingArguments:
+    """The settings in the Trainer's words."""
     args = SiglipTrainingArguments(
-        output_dir=str(output),
-        per_device_train_batch_size=per_device,
+        output_dir=settings.output,
+        per_device_train_batch_size=plan.per_device,
         per_device_eval_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=accumulation,
-        max_steps=steps,
+        gradient_accumulation_steps=plan.accumulation,
+        max_steps=plan.steps,
         learning_rate=settings.learning_rate,
         scale_learning_rate=settings.scale_learning_rate,
         weight_decay=settings.weight_decay,
         adam_beta2=0.95,  # as in the paper, section 3.2: steadier with large batches
         lr_scheduler_type=SCHEDULES[settings.schedule],
-        warmup_steps=math.ceil(settings.warmup * steps),
+        warmup_steps=math.ceil(settings.warmup * plan.steps),
         bf16=settings.precision == "bfloat16",
         fp16=settings.precision == "float16",
         gradient_checkpointing=settings.gradient_checkpointing,
@@ -139,7 +192,7 @@ def run_training(
         eval_steps=settings.eval_every,
         eval_on_start=last is None,
         save_strategy="steps",
-        save_steps=settings.save_every or math.ceil(steps / 10),
+        save_steps=settings.save_every or math.ceil(plan.steps / 10),
         save_total_limit=settings.keep,
         logging_steps=settings.log_every,
         report_to=[],
@@ -147,74 +200,50 @@ def run_training(
         dataloader_pin_memory=not settings.cpu,
         use_cpu=settings.cpu,
     )
-    if settings.workers is None and args.device.type != "cpu":
-        args.dataloader_num_workers = 4
-    elif settings.workers is not None:
+    if settings.workers is not None:
         args.dataloader_num_workers = settings.workers
+    elif args.device.type != "cpu":
+        args.dataloader_num_workers = 4
     if settings.fsdp and args.world_size == 1:
         raise ValueError("fsdp shards a model over processes, and there is one; start several with torchrun.")
+    return args
 
+
+class _Watch(TrainerCallback):
+    """Tells how far the run is, and draws the loss whenever there is something to go on with."""
+
+    def __init__(self, pyplot: Any, path: Path, on_progress: Progress):
+        self.pyplot, self.path, self.on_progress = pyplot, path, on_progress
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_progress("training", state.global_step, state.max_steps)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            _plot(self.pyplot, state.log_history, self.path)
+
+
+def _make_trainer(
+    settings: TrainSettings,
+    args: SiglipTrainingArguments,
+    source: Source,
+    evaluated: Source,
+    pyplot: Any,
+    on_progress: Progress,
+) -> SiglipTrainer:
     model, processor = load_checkpoint(settings.model, dtype="float32")
     store = _lock(model, processor, settings, source, args, on_progress)
-    if settings.lora:
-        model = _with_adapters(model, settings)
-
-    def report_progress(what: str, done: int, total: int) -> None:
-        if on_progress is not None:
-            on_progress(what, done, total)
-
-    class Watch(TrainerCallback):
-        """Tells how far the run is, and draws the loss whenever there is something to go on with."""
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            report_progress("training", state.global_step, state.max_steps)
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.is_world_process_zero:
-                _plot(pyplot, state.log_history, output / PLOT_FILE)
-
-    report_progress("measuring", 0, steps)
-    evaluated = _evaluated(settings, source, held_out)
     trainer = SiglipTrainer(
-        model,
+        _with_adapters(model, settings) if settings.lora else model,
         args,
         train_dataset=source,
         eval_dataset=evaluated,
         processing_class=processor,
         image_store=store,
-        callbacks=[Watch()],
+        callbacks=[_Watch(pyplot, Path(settings.output, PLOT_FILE), on_progress)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=last)
-    report_progress("measuring", steps, steps)
-    after = trainer.evaluate()
-    broken = trainer.broken_everywhere()
-    _save_model(trainer, output)
-    if not first:
-        return None
-
-    history = trainer.state.log_history
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    before = next((entry for entry in history if "eval_loss" in entry), after)
-    where = "held out" if held_out is not None and settings.hold_out else "evaluation data"
-    report = TrainReport(
-        pairs=len(source),
-        batch_size=batch_size,
-        steps=steps,
-        skipped=[*source.unused, *(f"{id_}: {reason}" for id_, reason in broken.items())],
-        first_loss=losses[0] if losses else math.nan,
-        last_loss=losses[-1] if losses else math.nan,
-        evaluated=f"{len(evaluated)} {where if held_out is not None else 'training pairs'}",
-        before=_measures(before),
-        after=_measures(after),
-        seconds=time.perf_counter() - started,
-        resumed_from=int(Path(last).name.partition("-")[2]) if last else 0,
-        processes=args.world_size,
-        history=history,
-    )
-    _plot(pyplot, history, output / PLOT_FILE)
-    write_json(output / REPORT_FILE, dataclasses.asdict(report))
-    return report
+    return trainer
 
 
 def _import_pyplot() -> Any:
@@ -273,34 +302,43 @@ def _fingerprint(*sources: Source | None) -> str:
     return sha256(parts())
 
 
-def _claim_output(output: Path, settings: TrainSettings, facts: dict[str, Any], first: bool) -> None:
-    """Makes the folder of a new run, or makes sure that it is one of the same run.
+def _identity(settings: TrainSettings, plan: _Plan, data: str) -> dict[str, Any]:
+    """What a run's result depends on, as it stands in its folder."""
+    values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _FREE}
+    return {**values, "batch_size": plan.batch_size, "data": data}
 
-    A run that has no checkpoint yet begins anew, with whatever settings.
+
+def _check_output(output: Path, identity: dict[str, Any]) -> bool:
+    """Whether a run begins here; otherwise one of the same settings goes on. Until it has a checkpoint, it begins.
 
     Raises:
-        ValueError: If it belongs to something else; the message names what differs.
+        ValueError: If the folder belongs to something else; the message names what differs.
     """
-    wanted = {**dataclasses.asdict(settings), **facts}
-    wanted = json.loads(json.dumps({name: value for name, value in wanted.items() if name not in _FREE}))
     path = output / SETTINGS_FILE
-    begun = (output / REPORT_FILE).exists() or any(output.glob("checkpoint-*"))
-    if path.exists() and begun:
-        found = json.loads(path.read_text())
+    if path.exists() and ((output / REPORT_FILE).exists() or any(output.glob("checkpoint-*"))):
+        found = _read(path)
         changed = [
-            f"{name} {found.get(name)!r} -> {wanted[name]!r}" for name in wanted if found.get(name) != wanted[name]
+            f"{name} {found.get(name)!r} -> {value!r}" for name, value in identity.items() if found.get(name) != value
         ]
         if changed:
             raise ValueError(
                 f"{output} holds a run with other settings ({'; '.join(changed)}). Give another output, or remove it."
             )
-        return
+        return False
     empty = path.exists() or not output.exists()
     if not empty and (not output.is_dir() or any(not entry.name.startswith(".") for entry in output.iterdir())):
         raise ValueError(f"{output} is there already and no training run; give another output.")
-    if first:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(path, wanted)
+    return True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What a run has written into its folder about itself."""
+    try:
+        content = read_sealed_json(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}. Give another output, or remove this one.") from error
+    content.pop("checksum", None)
+    return content
 
 
 def _lock(
@@ -308,27 +346,26 @@ def _lock(
     processor: Any,
     settings: TrainSettings,
     source: Source,
-    args: Any,
-    on_progress: Callable[[str, int, int], None] | None,
+    args: SiglipTrainingArguments,
+    on_progress: Progress,
 ) -> Any:
     """Freezes what is to be frozen, and returns the store of image embeddings, if one is wanted."""
-    from siglip_hf.training.locked import freeze, store_images
-
     if settings.freeze and not settings.lora:
         freeze(model, settings.freeze)
     if not settings.image_store:
         return None
     if any(value.requires_grad for value in model.vision_model.parameters()):
         raise ValueError("image_store needs a frozen image tower: add freeze image.")
-    folder = settings.image_store
-
-    def tell(done: int) -> None:
-        if on_progress is not None:
-            on_progress("embedding pictures", done, len(source))
-
     with args.main_process_first(local=False, desc="image embeddings"):
         model.to(args.device)
-        return store_images(model, processor, source, folder, batch_size=settings.micro_batch, on_progress=tell)
+        return store_images(
+            model,
+            processor,
+            source,
+            settings.image_store,
+            batch_size=settings.micro_batch,
+            on_progress=lambda done: on_progress("embedding pictures", done, len(source)),
+        )
 
 
 def _with_adapters(model: Any, settings: TrainSettings) -> Any:
@@ -337,8 +374,6 @@ def _with_adapters(model: Any, settings: TrainSettings) -> Any:
         from peft import get_peft_model
     except ImportError as error:
         raise ImportError("lora needs peft: pip install peft") from error
-    from siglip_hf.training.locked import freeze
-
     if settings.fsdp:
         raise ValueError("lora and fsdp are both given; adapters are small, so leave out fsdp.")
     adapted = get_peft_model(model, lora_config(model, r=settings.lora))

@@ -1,112 +1,84 @@
-"""What a training run depends on, from a command line or a file."""
+"""What a training run depends on, written once: `siglip-hf train` takes its options, their help and types from here."""
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import math
 import os
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+import typer
+
+from siglip_hf.files import parse_json
 
 #: Names of schedules, and what transformers calls them.
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 _PRECISIONS = ("float32", "bfloat16", "float16")
 
 
+def _option(text: str) -> Any:
+    return typer.Option(help=text)
+
+
 @dataclass
 class TrainSettings:
-    """Everything a run depends on; the names are those of the command's options.
+    """Everything a run depends on. The names are those of the options of `siglip-hf train`, which describe themselves.
 
-    Attributes:
-        data: What `open_source` takes; several paths are taken together.
-        output: Folder of the run. It gets the trained checkpoint, `loss.png`, `report.json` and `checkpoint-N`.
-        model: A SigLIP checkpoint; the embedded one if None.
-        eval_data: Pictures with captions on which recall is measured, as `data`.
-        hold_out: Pictures of `data` that are not trained on, for the same purpose.
-        image_column: See `open_source`; so `caption_column`, `label_column` and `split`.
-        template: Texts with `{}` for labels, where there are no captions.
-        captions: "random" or "first".
-        augment: Any of "crop", "flip", "color".
-        epochs: Passes over the data.
-        steps: Optimizer steps; takes the place of `epochs`.
-        batch_size: Pairs in the loss of one step, over all processes.
-        micro_batch: Pairs in one forward and backward; a larger batch is split, and its loss stays exact.
-        learning_rate: Peak, after the warm-up.
-        scale_learning_rate: That of temperature and bias; the same if None.
-        weight_decay: Of the kernels of linear and convolutional layers.
-        warmup: Share of the steps in which the learning rate rises.
-        schedule: "cosine", "linear" or "constant", after the warm-up.
-        precision: "float32", or "bfloat16" or "float16" for mixed precision.
-        gradient_checkpointing: Compute blocks again in backward, for less memory.
-        compile: Run the model through torch.compile.
-        fsdp: Shard the model over the processes (FSDP2).
-        freeze: See `siglip_hf.training.freeze`.
-        lora: Rank of LoRA adapters on all attention projections; 0 trains the weights themselves.
-        image_store: Folder for embeddings of a frozen image tower, computed once; see `store_images`.
-        seed: Of order, captions, augmentation and dropout.
-        eval_every: Steps between measurements; only at start and end if None.
-        save_every: Steps between checkpoints; a tenth of the run if None.
-        keep: Checkpoints kept.
-        log_every: Steps between points of the plot.
-        workers: Processes that read pictures; by default 4 on an accelerator, and on a CPU none beside this one.
-        cpu: Leave accelerators alone.
+    Beyond that: `epochs` does not count where `steps` is given; None stands for what the help says or for nothing;
+    `data` and `eval_data` are what `open_source` takes, `freeze` what `siglip_hf.training.freeze` takes.
     """
 
-    data: list[str]
-    output: str
-    model: str | None = None
-    eval_data: list[str] = field(default_factory=list)
-    hold_out: int = 0
-    image_column: str | None = None
-    caption_column: str | None = None
-    label_column: str | None = None
-    split: str = "train"
-    template: list[str] = field(default_factory=list)
-    captions: str = "random"
-    augment: list[str] = field(default_factory=list)
-    epochs: float = 10.0
-    steps: int | None = None
-    batch_size: int = 256
-    micro_batch: int = 32
-    learning_rate: float = 3e-5
-    scale_learning_rate: float | None = None
-    weight_decay: float = 0.01
-    warmup: float = 0.1
-    schedule: str = "cosine"
-    precision: str = "float32"
-    gradient_checkpointing: bool = False
-    compile: bool = False
-    fsdp: bool = False
-    freeze: list[str] = field(default_factory=list)
-    lora: int = 0
-    image_store: str | None = None
-    seed: int = 0
-    eval_every: int | None = None
-    save_every: int | None = None
-    keep: int = 2
-    log_every: int = 1
-    workers: int | None = None
-    cpu: bool = False
+    data: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="DATA", help="A folder, a table, tar shards or a saved dataset: pictures with captions."
+        ),
+    ]
+    output: Annotated[
+        str, typer.Option("--out", "-o", "--output", help="Folder of the run. Run again, it goes on where it was.")
+    ]
+    model: Annotated[str | None, _option("A checkpoint; without it the embedded one.")] = None
+    eval_data: Annotated[list[str], _option("Pictures on which recall is measured.")] = field(default_factory=list)
+    hold_out: Annotated[int, _option("So many pictures of DATA are kept to measure recall.")] = 0
+    image_column: Annotated[str | None, _option("Column with the pictures.")] = None
+    caption_column: Annotated[str | None, _option("Column with the captions.")] = None
+    label_column: Annotated[str | None, _option("Column with the class.")] = None
+    split: Annotated[str, _option("Split of a saved dataset.")] = "train"
+    template: Annotated[list[str], _option("Text with {} for the label of a picture without captions.")] = field(
+        default_factory=list
+    )
+    captions: Annotated[str, _option("random or first, of several.")] = "random"
+    augment: Annotated[list[str], _option("Any of crop,flip,color.")] = field(default_factory=list)
+    epochs: Annotated[float, _option("Passes over the data.")] = 10.0
+    steps: Annotated[int | None, _option("Steps, in place of epochs.")] = None
+    batch_size: Annotated[int, _option("Pairs in the loss of a step, over all processes.")] = 256
+    micro_batch: Annotated[int, _option("Pairs in memory at a time; the loss of a larger batch stays exact.")] = 32
+    learning_rate: Annotated[float, _option("At its peak, after the warm-up.")] = 3e-5
+    scale_learning_rate: Annotated[float | None, _option("Of temperature and bias; the same by default.")] = None
+    weight_decay: Annotated[float, _option("Of the kernels of linear and convolutional layers.")] = 0.01
+    warmup: Annotated[float, _option("Share of the steps in which the learning rate rises.")] = 0.1
+    schedule: Annotated[str, _option("cosine, linear or constant, after the warm-up.")] = "cosine"
+    precision: Annotated[str, _option("float32, or bfloat16 or float16 for mixed precision.")] = "float32"
+    gradient_checkpointing: Annotated[bool, _option("Less memory, more time.")] = False
+    compile: Annotated[bool, _option("Run the model through torch.compile.")] = False
+    fsdp: Annotated[bool, _option("Shard the model over the processes.")] = False
+    freeze: Annotated[list[str], _option("image, text, image:6 (its first 6 blocks), or a pattern of names.")] = field(
+        default_factory=list
+    )
+    lora: Annotated[int, _option("Rank of LoRA adapters; 0 trains the weights themselves.")] = 0
+    image_store: Annotated[str | None, _option("Folder for embeddings of a frozen image tower.")] = None
+    seed: Annotated[int, _option("Of order, captions, augmentation and dropout.")] = 0
+    eval_every: Annotated[int | None, _option("Steps between measurements; start and end by default.")] = None
+    save_every: Annotated[int | None, _option("Steps between checkpoints; a tenth of the run by default.")] = None
+    keep: Annotated[int, _option("Checkpoints kept.")] = 2
+    log_every: Annotated[int, _option("Steps between points of the plot.")] = 1
+    workers: Annotated[int | None, _option("Processes that read pictures; 4 beside an accelerator by default.")] = None
+    cpu: Annotated[bool, _option("Leave accelerators alone.")] = False
 
-    @classmethod
-    def read(cls, values: Mapping[str, Any], origin: str = "the settings") -> TrainSettings:
-        """Settings from names and values, as in a file.
-
-        Raises:
-            ValueError: For a name that is not known, a value of another type, and what is missing.
-        """
-        types = typing.get_type_hints(cls)
-        values = {name.replace("-", "_"): value for name, value in values.items()}
-        unknown = [name for name in values if name not in types]
-        if unknown:
-            raise ValueError(f"{origin}: {', '.join(unknown)} is not known; there are {', '.join(types)}.")
-        for name in ("data", "output"):
-            if not values.get(name):
-                raise ValueError(f"{origin}: no {name} given.")
-        return cls(**{name: _typed(name, value, types[name], origin) for name, value in values.items()})
+    def __post_init__(self) -> None:
+        self.augment = [name.strip() for names in self.augment for name in names.split(",") if name.strip()]
 
     def check(self) -> None:
         """Refuses what cannot be.
@@ -115,13 +87,13 @@ class TrainSettings:
             ValueError: naming the setting and its value.
         """
         for name in ("epochs", "batch_size", "micro_batch", "learning_rate", "keep", "log_every"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
         for name in ("steps", "eval_every", "save_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("hold_out", "lora", "weight_decay"):
-            if getattr(self, name) < 0:
+        for name in ("hold_out", "lora", "weight_decay", "scale_learning_rate", "workers"):
+            if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup} must be a share of the steps, from 0 to below 1.")
@@ -135,46 +107,42 @@ class TrainSettings:
             raise ValueError("image_store needs an image tower that stays as it is; LoRA changes it. Leave out one.")
 
 
-def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Names and values of a YAML or JSON file.
+def read_config(path: str | os.PathLike[str]) -> dict[str, str | list[str]]:
+    """The options of a YAML or JSON file, as they would stand on a command line, by the names of `TrainSettings`.
 
     Raises:
-        ValueError: If it holds something else.
+        ValueError: If it is neither, or holds names that are not known or values of values.
         ImportError: If it is YAML, and PyYAML is not installed.
     """
-    text = Path(path).read_text(encoding="utf-8")
-    if str(path).endswith(".json"):
-        try:
-            values = json.loads(text)
-        except ValueError as error:
-            raise ValueError(f"{path} is not JSON: {error}") from error
-    else:
-        try:
-            import yaml
-        except ImportError as error:
-            raise ImportError('a YAML file needs PyYAML: pip install "siglip-hf[train]", or use JSON') from error
-        try:
-            values = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
+    kind = "JSON" if str(path).endswith(".json") else "YAML"
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+        values = parse_json(text) if kind == "JSON" else _parse_yaml(text)
+    except (ValueError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else error
+        raise ValueError(f"{path} is not {kind}: {why}") from error
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise ValueError(f"{path} must hold names and values of settings.")
-    return values
+    lists = {item.name: str(item.type).startswith("Annotated[list") for item in dataclasses.fields(TrainSettings)}
+    options: dict[str, str | list[str]] = {}
+    for name, value in values.items():
+        option = name.replace("-", "_")
+        if option not in lists:
+            raise ValueError(f"{path}: {name} is not known; there are {', '.join(lists)}.")
+        items = value if isinstance(value, list) and lists[option] else [value]
+        if any(isinstance(item, dict | list) for item in items):
+            raise ValueError(f"{path}: {name} takes {'values' if lists[option] else 'one value'}, each without parts.")
+        if value is not None:
+            options[option] = [str(item) for item in items] if lists[option] else str(value)
+    return options
 
 
-def _typed(name: str, value: Any, kind: Any, origin: str) -> Any:
-    """A value of a file as the type of its setting."""
-    if typing.get_origin(kind) is list:
-        return [str(item) for item in value] if isinstance(value, list | tuple) else [str(value)]
-    if isinstance(kind, types.UnionType):
-        if value is None:
-            return None
-        (kind,) = (option for option in typing.get_args(kind) if option is not type(None))
-    if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML reads 1e-5 as text
-        except ValueError:
-            pass
-    if type(value) is not kind:
-        raise ValueError(f"{origin}: {name}={value!r} should be of type {kind.__name__}.")
-    return value
+def _parse_yaml(text: str) -> Any:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError('a YAML file needs PyYAML: pip install "siglip-hf[train]", or use JSON') from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
