@@ -119,6 +119,10 @@ def retrieval_recall(
 def unit_rows(embeds: torch.Tensor, name: str) -> torch.Tensor:
     """The rows of (N, E) at length 1, float32.
 
+    Args:
+        embeds: (N, E), floating point.
+        name: what the caller calls it, for the error.
+
     Raises:
         ValueError: naming the tensor, if it is no matrix, empty or not finite.
     """

@@ -69,10 +69,10 @@ class Tiles:
                 block = texts[left : left + size]  # (C, E)
                 tile = buffer[: len(images) * len(block)].view(len(images), len(block))  # (R, C)
                 _product(images, block.t(), tile)
-                ids = ()
+                ids = None
                 if image_ids is not None and text_ids is not None:
                     ids = (image_ids[top : top + size], text_ids[left : left + size])
-                if fused:
+                if fused and ids is not None:
                     weights, loss_sum, bias_sum = _fused_weigh(tile, self.scale, self.bias, *ids, texts.dtype)
                 else:
                     weights, loss_sum, bias_sum = self._weigh_in_place(tile, ids, aligned and top == left, wants_grad)
@@ -82,7 +82,7 @@ class Tiles:
                     self._add_gradients(weights.to(texts.dtype), images, block, top, left, text_grad)
 
     def _weigh_in_place(
-        self, tile: Tensor, ids: tuple[Tensor, ...], diagonal: bool, wants_grad: bool
+        self, tile: Tensor, ids: tuple[Tensor, Tensor] | None, diagonal: bool, wants_grad: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What `_weigh` returns, in the memory of the tile (R, C): a CPU holds it in its cache meanwhile."""
         tile.mul_(self.scale).add_(self.bias)

@@ -190,7 +190,12 @@ def embed_pairs(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Any, Any]:
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """A micro-batch whose tensors have left the CPU for the model's device."""
+    """A micro-batch whose tensors have left the CPU for the model's device.
+
+    Args:
+        batch: Inputs of the model and other values; those that are no tensors stay as they are.
+        device: Where to.
+    """
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, Tensor) and value.device.type == "cpu" else value
         for name, value in batch.items()

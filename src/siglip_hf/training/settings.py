@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from siglip_hf.extras import missing
 from siglip_hf.files import parse_json
 
 #: Names of schedules, and what transformers calls them.
@@ -141,7 +142,7 @@ def _parse_yaml(text: str) -> Any:
     try:
         import yaml
     except ImportError as error:
-        raise ImportError('a YAML file needs PyYAML: pip install "siglip-hf[train]", or use JSON') from error
+        raise missing("a YAML file needs PyYAML, and a JSON file nothing", "train") from error
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
