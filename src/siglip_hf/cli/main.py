@@ -127,6 +127,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with _quiet_libraries():
             code = app(line, standalone_mode=False) or 0
+            if code == 130:  # what typer makes of Ctrl-C
+                raise KeyboardInterrupt
             sys.stdout.flush()
             return code
     except (typer.Abort, KeyboardInterrupt):
