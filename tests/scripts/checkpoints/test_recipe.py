@@ -16,7 +16,7 @@ from drawings.sources import write_json
 from drawings.teacher import whitened
 from recipe import run as recipe_run
 from recipe import stages
-from recipe.pictures import PictureSet, read_pictures, read_styles
+from recipe.pictures import Augmenter, PictureSet, largest_around, read_pictures, read_styles
 from recipe.run import Progress, Run, for_training, ten_way
 from recipe.start import read_data
 from siglip_hf import SiglipConfig, SiglipModel
@@ -106,6 +106,22 @@ def test_rare_concepts_are_drawn_more_often_per_picture():
     pictures = PictureSet(torch.zeros(10, 4, 2, 2, dtype=torch.uint8), concepts, concepts > 5, weight)
     share = (pictures.draw(4000, generator) == 9).float().mean().item()
     assert 0.21 < share < 0.29  # 1 against 9 / 3
+
+
+def test_largest_around_is_the_pool_of_nine():
+    values = torch.randn(2, 3, 7, 5, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(largest_around(values), torch.nn.functional.max_pool2d(values, 3, stride=1, padding=1))
+
+
+def test_black_icons_get_inks_and_drawings_keep_their_alpha():
+    pixels = torch.zeros(64, 4, 12, 12, dtype=torch.uint8)
+    pixels[:, 3, 3:9, 3:9] = 255
+    augment = Augmenter(12, torch.Generator().manual_seed(0))
+    inked = augment._ink(pixels.float() / 255, strength=1.0)
+    assert torch.equal(inked[:, 3], pixels[:, 3].float() / 255)
+    coloured = (inked[:, :3, 5, 5] > 0.05).any(1)
+    assert 0.3 < coloured.float().mean().item() < 0.9
+    assert torch.equal(augment._ink(pixels.float() / 255, strength=0.0), pixels.float() / 255)
 
 
 def tiny_model() -> SiglipModel:
