@@ -73,7 +73,7 @@ def main() -> int:
     except (FileNotFoundError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    stages.calibrate(run)
+    stages.calibrate(run, stages.embed_pictures(run, run.validation))
     export(run.model, run.folder / "spiece.model", arguments.out or run.folder / "checkpoint")
     return 0
 

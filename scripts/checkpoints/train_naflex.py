@@ -97,6 +97,8 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         run = train(prepare, TOWERS, TOGETHER, arguments)
+        grids = naflex_stages.VALIDATION_GRIDS.values()
+        stages.calibrate(run, *(naflex_stages.embed_canvases(run, run.validation, grid) for grid in grids))
         export(run, arguments.out or run.folder / "checkpoint")
     except (FileNotFoundError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

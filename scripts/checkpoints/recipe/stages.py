@@ -306,21 +306,19 @@ def validate(run: Run) -> dict[str, float]:
     return {"validation_top1": right.float().mean().item(), "probe_10way": probed}
 
 
-@torch.no_grad()
-def validation_cosines(run: Run) -> tuple[Tensor, Tensor]:
-    """Cosines of validation pictures with their own labels (N,), and with all labels of others (N * (C - 1),)."""
-    labels = embed_texts(run, [concept["label"].lower() for concept in run.concepts])
-    cosines = embed_pictures(run, run.validation) @ labels.T  # (N, C)
-    own = F.one_hot(run.validation.concept, len(labels)).bool()
-    return cosines[own], cosines[~own]
-
-
-def calibrate(run: Run) -> None:
+def calibrate(run: Run, *images: Tensor) -> None:
     """Stage 5. Scale and bias by logistic regression: right and random wrong labels of validation pictures, even odds.
 
     The model's ranking stays as it is; its scores become readable.
+
+    Args:
+        run: The training.
+        images: (N, E) unit embeddings of the validation pictures, once or in several shapes.
     """
-    right, wrong = validation_cosines(run)
+    labels = embed_texts(run, [concept["label"].lower() for concept in run.concepts])
+    cosines = torch.cat(images) @ labels.T  # (N, C) once or more
+    own = F.one_hot(run.validation.concept, len(labels)).bool().repeat(len(images), 1)
+    right, wrong = cosines[own], cosines[~own]
     scale, bias = (p.detach().clone().requires_grad_(True) for p in (run.model.logit_scale, run.model.logit_bias))
     optimizer = torch.optim.LBFGS([scale, bias], max_iter=200, line_search_fn="strong_wolfe")
 
