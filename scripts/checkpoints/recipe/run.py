@@ -173,7 +173,7 @@ def for_training(model: Any) -> Any:
     PyTorch's fused attention takes longer for the gradient of short sequences than plain products.
     """
     for module in model.modules():
-        if isinstance(module, siglip_hf.SiglipVisionModel):
+        if type(module) is siglip_hf.SiglipVisionModel:  # NaFlex has a product already
             module.embeddings.patch_embedding.__class__ = _Patches
     model.set_attn_implementation("eager")
     return model

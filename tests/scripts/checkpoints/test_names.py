@@ -6,10 +6,11 @@ import pytest
 
 from drawings.names import IconNames, Nouns, singular, words_of
 
-# Offset, lexicographer file, "n", number of words, words with an id each, then what is not read here.
+# Offset, lexicographer file, "n", number of words, words with an id each, number of pointers, pointers of four fields,
+# then what is not read here.
 DATA = """\
   1 This software and database is being provided under a licence
-00000001 05 n 02 dog 0 domestic_dog 0 000 | a pet
+00000001 05 n 02 dog 0 domestic_dog 0 002 @ 00000099 n 0000 ~ 00000009 n 0000 | a pet
 00000002 06 n 03 car 0 motorcar 0 automobile 0 000 | a vehicle
 00000003 06 n 01 guitar 0 000 | an instrument
 00000004 06 n 01 acoustic_guitar 0 000 | an instrument
@@ -17,10 +18,15 @@ DATA = """\
 00000006 20 n 01 cherry 0 000 | a fruit
 00000007 06 n 01 cat 0 000 | a whip
 00000008 05 n 01 cat 0 000 | a pet
+00000009 05 n 01 hound 0 000 | a kind of dog
+00000010 04 n 02 pick 0 choice 0 000 | an act
+00000011 06 n 02 pick 0 pickaxe 0 000 | a tool
+00000012 06 n 01 cross 0 000 | a sign
 """
 INDEX = """\
   1 This software and database is being provided under a licence
-dog n 1 1 @ 1 1 00000001
+dog n 1 2 @ ~ 1 1 00000001
+hound n 1 0 1 1 00000009
 car n 1 1 @ 1 1 00000002
 automobile n 1 1 @ 1 1 00000002
 motorcar n 1 1 @ 1 1 00000002
@@ -29,6 +35,9 @@ acoustic_guitar n 1 1 @ 1 1 00000004
 swimming n 1 1 @ 1 1 00000005
 cherry n 1 1 @ 1 1 00000006
 cat n 2 1 @ 2 1 00000008 00000007
+pick n 2 1 @ 2 1 00000010 00000011
+pickaxe n 1 0 1 1 00000011
+cross n 1 0 1 1 00000012
 """
 
 
@@ -52,6 +61,9 @@ def names(nouns) -> IconNames:
         concept("b", "dog", "held_out"),
         concept("c", "automobile", "held_out", "red car"),
         concept("d", "cherries", "train"),
+        concept("e", "pick", "held_out"),
+        concept("f", "latin cross", "held_out"),
+        concept("g", "electric guitar", "held_out"),
     ]
     return IconNames(concepts, nouns)
 
@@ -78,8 +90,13 @@ def test_first_meaning_says_whether_a_noun_is_a_thing(nouns):
     assert not nouns.is_thing(["unheard"])
     assert nouns.knows(["acoustic", "guitar"])
     assert not nouns.knows(["electric", "guitar"])
-    assert nouns.synonyms("car") == ["car", "motorcar", "automobile"]
-    assert nouns.synonyms("swimming") == []
+
+
+def test_same_things_are_synonyms_of_all_meanings_with_a_look_and_direct_kinds(nouns):
+    assert nouns.same_things("car") == {"car", "motorcar", "automobile"}
+    assert nouns.same_things("dog") == {"dog", "domestic dog", "hound"}
+    assert nouns.same_things("pick") == {"pick", "pickaxe"}  # the first meaning is an act
+    assert nouns.same_things("swimming") == set()
 
 
 def test_icon_of_a_trained_emoji_joins_it_and_another_thing_is_a_new_concept(names):
@@ -90,7 +107,20 @@ def test_icon_of_a_trained_emoji_joins_it_and_another_thing_is_a_new_concept(nam
 
 
 @pytest.mark.parametrize(
-    "name", ["dog", "dogs-fill", "hot-dog", "dog-house", "domestic-dog", "automobile", "motorcar", "car-red", "redcar"]
+    "name",
+    [
+        "dog",
+        "dogs-fill",
+        "hot-dog",
+        "dog-house",
+        "domestic-dog",
+        "hound",
+        "pickaxe",
+        "automobile",
+        "motorcar",
+        "car-red",
+        "redcar",
+    ],
 )
 def test_nothing_that_names_a_held_out_concept_passes(names, name):
     assert names.names_held_out(words_of(name))
@@ -99,3 +129,9 @@ def test_nothing_that_names_a_held_out_concept_passes(names, name):
 
 def test_part_of_a_held_out_name_is_not_its_name(names):
     assert not names.names_held_out(["red", "cat"])
+
+
+def test_new_concept_at_the_end_of_a_held_out_name_is_left_out_but_a_trained_one_stays(names):
+    assert names.find("cross") is None
+    assert names.find("guitar") is None
+    assert names.find("cat") == ("a", "cat")

@@ -16,6 +16,8 @@ from drawings.sources import write_json
 from drawings.teacher import whitened
 from recipe import run as recipe_run
 from recipe import stages
+from recipe.canvas import to_patches
+from recipe.naflex_start import start_from
 from recipe.pictures import Augmenter, PictureSet, largest_around, read_pictures, read_styles
 from recipe.run import Progress, Run, for_training, ten_way
 from recipe.start import read_data
@@ -142,6 +144,18 @@ def test_fast_towers_give_the_same_embeddings_and_gradients():
     wanted = dict(model.vision_model.named_parameters())
     for name, parameter in fast.vision_model.named_parameters():
         torch.testing.assert_close(parameter.grad, wanted[name].grad, atol=1e-5, rtol=1e-3)
+
+
+def test_fast_naflex_tower_gives_the_same_embeddings():
+    torch.manual_seed(0)
+    model = start_from(tiny_model()).eval()
+    fast = for_training(copy.deepcopy(model))
+    canvases = to_patches(torch.randn(2, 3, 16, 32), 8)
+    with torch.no_grad():
+        wanted = model.encode_image(**canvases, packed=False)
+        torch.testing.assert_close(fast.encode_image(**canvases, packed=False), wanted, atol=1e-5, rtol=0)
+        ids = torch.tensor([[3, 4, 1] + [0] * 13])
+        torch.testing.assert_close(fast.encode_text(ids), model.encode_text(ids), atol=1e-5, rtol=0)
 
 
 @pytest.fixture
