@@ -333,7 +333,7 @@ def test_compare_survives_what_is_no_picture(compare_page, broken, tmp_path):
     shown.see("#results .problem", "notes.png")
     (tmp_path / "large.png").write_bytes(bytes(21_000_000))
     shown.upload(tmp_path / "large.png")
-    shown.see("body", "the most that is taken")
+    shown.see("body", "exceed the maximum allowed size of 20.0 Mb")  # the browser says so, before it sends a byte
     shown.upload(PICTURES["rocket"])
     said = shown.see("#results", "siglip-hf-pictures-64")
     assert said.index("rocket") < said.index("cat")

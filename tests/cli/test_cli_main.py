@@ -138,11 +138,9 @@ def test_outputs_have_one_name(run, command):
 def test_the_old_place_of_the_output_still_works(run, command, monkeypatch, tmp_path):
     written = []
     result = SimpleNamespace(preset="p", num_tensors=1, num_parameters=1, cosines={"vision": 1.0})
+    work = {"convert": "big_vision.convert_big_vision", "export": "onnx.export_onnx"}[command]
     monkeypatch.setattr(
-        {"convert": "siglip_hf.integrations.big_vision.convert", "export": "siglip_hf.integrations.onnx.export"}[
-            command
-        ],
-        lambda source, folder, **options: written.append(str(folder)) or result,
+        f"siglip_hf.integrations.{work}", lambda source, folder, **options: written.append(str(folder)) or result
     )
     for line in (["in", "old"], ["in", "--out", "new"], ["in", "-o", "short"]):
         assert run(command, *line)[0] == 0
