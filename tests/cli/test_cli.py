@@ -7,12 +7,14 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import siglip_hf
+import siglip_hf.loading
 from siglip_hf.cli import examine as doctor
 from siglip_hf.cli.common import EMBEDDED
 from siglip_hf.cli.main import main
@@ -267,35 +269,77 @@ def test_doctor_reports_what_is_there(run, quick_doctor, checkpoint):
     assert report["hardware"]["devices"][-1] == "cpu"
     assert report["registered"]["AutoModel"]["siglip"] == "siglip_hf.models.modeling_siglip.SiglipModel"
     assert report["registered"]["pipeline"]["zero-shot-image-classification"].startswith("siglip_hf.")
-    assert report["extras"]["dev"]["pytest"] == pytest.__version__
+    assert report["registered"]["AutoModel"]["siglip2"] == "siglip_hf.models.modeling_siglip2.Siglip2Model"
+    assert "siglip2" in report["registered"]["AutoProcessor"]
+    assert {"search", "train", "apps"} <= set(report["extras"])
+    assert not {"dev", "docs", "peers", "bench", "data"} & set(report["extras"])
     assert report["attention"]["eager"]["works"]
     assert report["attention"]["sdpa"]["works"]
     assert report["attention"]["sdpa"]["difference"] < 1e-4
     assert report["speed"]["threads"] == torch.get_num_threads()
     assert report["speed"]["dtype"] in ("float32", "bfloat16")
     assert report["speed"]["notes"]
-    size = sum(file.stat().st_size for file in checkpoint.iterdir())
-    assert report["checkpoint"] == {"path": str(checkpoint), "bytes": size}
+    folders = {"siglip": Path(checkpoint), "siglip2 (NaFlex)": Path(siglip_hf.loading.naflex_checkpoint())}
+    assert report["checkpoints"] == {
+        kind: {"path": str(folder), "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())}
+        for kind, folder in folders.items()
+    }
     assert (code, report["problems"], err) == (0, [], "")
 
 
-def test_doctor_prints_tables(run, quick_doctor, checkpoint):
-    _, out, _ = run("doctor")
-    for text in ("versions", "hardware", "AutoModel siglip", "siglip-hf[search]", "sdpa", "works on", str(checkpoint)):
+def test_doctor_prints_sections(run, quick_doctor, checkpoint):
+    code, out, _ = run("doctor")
+    assert (code, out.splitlines()[0]) == (0, "all well")
+    for text in (
+        "versions",
+        "AutoModel ",
+        "siglip2: Siglip2Model",
+        "siglip-hf[search]",
+        "sdpa",
+        "works on",
+        "optimize",
+    ):
         assert text in out, text
+    for path in (str(checkpoint), siglip_hf.loading.naflex_checkpoint()):
+        assert path in out
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+def test_doctor_breaks_lines_between_words_only(run, monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    long = "/a/very/long/path/" + 9 * "of-words-without-spaces/"
+    report = {
+        "versions": {"torch": "2.0", "platform": "Linux-6.1-with-glibc2.36"},
+        "hardware": {"cpu": " ".join(f"word{i}" for i in range(40)), "devices": ["cuda:0 X, 80 GiB", "cpu"]},
+        "registered": {"AutoModelForZeroShotImageClassification": {"siglip2": "siglip_hf.m.A, other.place.B"}},
+        "extras": {"search": {"faiss-cpu": None, "pyarrow": "21.0"}},
+        "attention": {"sdpa": {"works": False, "device": "cpu", "dtype": "float32", "reason": f"[no] {long}"}},
+        "speed": {"dtype": "float32", "packed_blocks": 0, "notes": ["one reason", "another reason"]},
+        "checkpoints": {"siglip": {"path": long, "bytes": 1_000_000}, "siglip2": {"path": None, "reason": "gone"}},
+        "problems": ["sdpa attention does not work, reinstall torch: [no] kernel"],
+    }
+    monkeypatch.setattr(doctor, "examine", lambda: report)
+    code, out, err = run("doctor")
+    assert (code, err) == (1, f"problem: {report['problems'][0]}\n")
+    assert " ".join(out.split()).startswith(f"to do: {report['problems'][0]} versions ")
+    assert all(len(line) <= columns or len(line.split()) <= 2 for line in out.splitlines())
+    words = set(out.split())
+    assert {long, "Linux-6.1-with-glibc2.36", "siglip-hf[search]", "faiss-cpu", "other.place.B", "A,"} <= words
+    assert {f"word{i}" for i in range(40)} <= words
 
 
 def test_doctor_names_problems(run, quick_doctor, monkeypatch):
     def missing():
         raise OSError("it is gone")
 
-    monkeypatch.setattr(siglip_hf, "default_checkpoint", missing)
+    monkeypatch.setattr(siglip_hf.loading, "naflex_checkpoint", missing)
     monkeypatch.setattr(doctor, "registered", lambda: {"AutoModel": {"siglip": "transformers.SiglipModel"}})
     code, out, err = run("doctor", "--json")
     assert code == 1
     expected = [
-        "AutoModel gives transformers.SiglipModel for siglip",
-        "no embedded checkpoint: OSError: it is gone",
+        "AutoModel gives transformers.SiglipModel for siglip: another plugin has replaced it; "
+        "import siglip_hf after that one",
+        "no embedded checkpoint of siglip2 (NaFlex), reinstall siglip-hf: OSError: it is gone",
     ]
     assert json.loads(out)["problems"] == expected
     assert err.splitlines() == [f"problem: {problem}" for problem in expected]

@@ -12,9 +12,12 @@ import io
 import logging
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import siglip_hf
+from siglip_hf import loading
 
 CORE_PACKAGES = (
     "torch",
@@ -38,7 +41,12 @@ _CPU_FEATURES = (
 _TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 _TASK = "zero-shot-image-classification"
-_MODEL_TYPES = ("siglip", "siglip_text_model", "siglip_vision_model")
+_MODEL_TYPES = (
+    *("siglip", "siglip_text_model", "siglip_vision_model"),
+    *("siglip2", "siglip2_text_model", "siglip2_vision_model"),
+)
+# Extras of those who work on this package, not of those who use it.
+_DEVELOPERS_EXTRAS = ("bench", "data", "dev", "docs", "peers")
 _AUTO_TABLES = {
     "AutoModel": ("modeling_auto", "MODEL_MAPPING"),
     "AutoModelForZeroShotImageClassification": ("modeling_auto", "MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING"),
@@ -58,7 +66,7 @@ def examine() -> dict[str, Any]:
         "extras": extras(),
         "attention": attention(),
         "speed": speed(),
-        "checkpoint": checkpoint(),
+        "checkpoints": checkpoints(),
     }
     return {**report, "problems": problems(report)}
 
@@ -142,7 +150,7 @@ def _path(value: Any) -> str:
 
 
 def extras() -> dict[str, dict[str, str | None]]:
-    """Versions of what each extra asks for, {"search": {"faiss-cpu": "1.9.0"}}; None for what is not installed."""
+    """Versions of what each extra for users asks for, {"search": {"faiss-cpu": "1.9.0"}}; None: not installed."""
     from packaging.requirements import Requirement
 
     metadata = importlib.metadata.metadata("siglip-hf")
@@ -156,6 +164,7 @@ def extras() -> dict[str, dict[str, str | None]]:
             and not requirement.marker.evaluate({"extra": ""})
         }
         for extra in metadata.get_all("Provides-Extra") or []
+        if extra not in _DEVELOPERS_EXTRAS
     }
 
 
@@ -215,11 +224,10 @@ def speed() -> dict[str, Any]:
     import dataclasses
 
     from siglip_hf.inference.optimize.optimization import optimize
-    from siglip_hf.loading import default_checkpoint, load_model
 
     try:
         with _silence():
-            return dataclasses.asdict(optimize(load_model(default_checkpoint())).optimization)
+            return dataclasses.asdict(optimize(loading.load_model(loading.default_checkpoint())).optimization)
     except Exception as error:  # whatever goes wrong is the finding
         return {"reason": _one_line(error)}
 
@@ -241,31 +249,45 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def checkpoint() -> dict[str, Any]:
-    """The embedded checkpoint: its folder and size in bytes, or `reason` if it is not there."""
-    from siglip_hf import default_checkpoint
+def checkpoints() -> dict[str, dict[str, Any]]:
+    """The embedded checkpoints: folder and size in bytes of each, or `reason` if it is not there."""
+    return {
+        "siglip": _checkpoint(siglip_hf.default_checkpoint),
+        "siglip2 (NaFlex)": _checkpoint(loading.naflex_checkpoint),
+    }
 
+
+def _checkpoint(find: Callable[[], str]) -> dict[str, Any]:
     try:
-        folder = Path(default_checkpoint())
+        folder = Path(find())
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} has no config.json")
     except (OSError, ValueError) as error:
         return {"path": None, "reason": _one_line(error)}
     return {"path": str(folder), "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())}
 
 
 def problems(report: dict[str, Any]) -> list[str]:
-    """What is wrong, in words; empty if all is well. A missing extra or an attention kernel is no problem."""
-    found = [f"{name} is not installed" for name, version in report["versions"].items() if version is None]
+    """What is wrong and what to do; empty if all is well. A missing extra or an attention kernel is no problem."""
+    found = [
+        f"{name} is not installed: pip install {name}"
+        for name, version in report["versions"].items()
+        if version is None
+    ]
     for auto_class, rows in report["registered"].items():
         found += [
-            f"{auto_class} gives {path} for {kind}"
+            f"{auto_class} gives {path} for {kind}: another plugin has replaced it; import siglip_hf after that one"
             for kind, path in rows.items()
             if not all(part.startswith("siglip_hf.") for part in path.split(", "))
         ]
     found += [
-        f"{name} attention does not work: {report['attention'][name]['reason']}"
+        f"{name} attention does not work, reinstall torch: {report['attention'][name]['reason']}"
         for name in ("eager", "sdpa")
         if not report["attention"][name]["works"]
     ]
-    if report["checkpoint"]["path"] is None:
-        found.append(f"no embedded checkpoint: {report['checkpoint']['reason']}")
+    found += [
+        f"no embedded checkpoint of {kind}, reinstall siglip-hf: {entry['reason']}"
+        for kind, entry in report["checkpoints"].items()
+        if entry["path"] is None
+    ]
     return found
