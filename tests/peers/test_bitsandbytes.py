@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForImageClassification, BitsAndByte
 
 import siglip_hf
 
-from . import tiny
+from . import families, tiny
 
 bnb = pytest.importorskip("bitsandbytes")
 
@@ -110,6 +110,27 @@ def test_a_tower_alone(checkpoint, tmp_path, tower):
     model.save_pretrained(tmp_path)
     reloaded = AutoModel.from_pretrained(tmp_path, device_map="auto")
     torch.testing.assert_close(reloaded(inputs).pooler_output, expected, rtol=0, atol=5e-3)
+
+
+@torch.no_grad()
+def test_naflex_in_4_bits(tmp_path):
+    """Every linear layer is quantized, the patch embedding and the head's too, and files hold that."""
+    reference = families.make("Siglip2Model")
+    reference.save_pretrained(tmp_path / "plain")
+    quantization, kind, cosine = CONFIGS["nf4, nested, bfloat16"]
+    model = AutoModel.from_pretrained(tmp_path / "plain", quantization_config=quantization, device_map="auto")
+    assert isinstance(model, siglip_hf.Siglip2Model)
+    assert tiny.linears(model, kind) == tiny.linears(reference)
+    inputs = families.inputs_of("Siglip2Model")
+    expected, exact = model(**inputs), reference(**inputs)
+    for name in ("image_embeds", "text_embeds"):
+        assert torch.cosine_similarity(expected[name].float(), exact[name]).min() > cosine
+    model.save_pretrained(tmp_path / "quantized")
+    reloaded, info = AutoModel.from_pretrained(tmp_path / "quantized", device_map="auto", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert tiny.linears(reloaded, kind) == tiny.linears(reference)
+    torch.testing.assert_close(reloaded(**inputs).logits_per_image, expected.logits_per_image, rtol=0, atol=5e-3)
 
 
 def test_layers_can_be_left_out(checkpoint):

@@ -7,7 +7,7 @@ from transformers import AutoModel, pipeline
 
 import siglip_hf
 
-from . import tiny
+from . import families, tiny
 
 WAYS = ["argument", "configuration", "from_pretrained", "argument over configuration"]
 
@@ -157,3 +157,34 @@ def test_image_feature_extraction(tmp_path):
     extract = pipeline("image-feature-extraction", model=str(tmp_path / "joint"), image_processor=processor)
     assert isinstance(extract.model, siglip_hf.SiglipModel)
     torch.testing.assert_close(torch.tensor(extract(picture)), model.encode_image(pixels), rtol=1e-5, atol=1e-5)
+    pooled = torch.tensor(extract(picture, pool=True))
+    torch.testing.assert_close(pooled, expected.pooler_output, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_image_feature_extraction_of_naflex(tmp_path):
+    """The joint model's embedding, or its pooled vector."""
+    model = families.make("Siglip2Model")
+    model.save_pretrained(tmp_path)
+    processor = siglip_hf.Siglip2ImageProcessor(patch_size=8, max_num_patches=16)
+    picture = Image.effect_noise((40, 30), 60).convert("RGB")
+    inputs = processor(picture, return_tensors="pt")
+    extract = pipeline("image-feature-extraction", model=str(tmp_path), image_processor=processor)
+    assert isinstance(extract.model, siglip_hf.Siglip2Model)
+    close = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(torch.tensor(extract(picture)), model.encode_image(**inputs), **close)
+    pooled = torch.tensor(extract(picture, pool=True))
+    torch.testing.assert_close(pooled, model.encode_image(**inputs, normalize=False), **close)
+
+
+@pytest.mark.parametrize("name", ["SiglipModel", "Siglip2Model"])
+@torch.no_grad()
+def test_pooled_output_of_one_tower_alone(name):
+    model, inputs = families.make(name), families.inputs_of(name)
+    texts = {"input_ids": inputs.pop("input_ids")}
+    pictures = inputs
+    output = model(**pictures)
+    assert torch.equal(output.pooler_output, output.vision_model_output.pooler_output)
+    output = model(**texts)
+    assert torch.equal(output.pooler_output, output.text_model_output.pooler_output)
+    assert "pooler_output" not in model(**texts, **pictures)  # as in stock

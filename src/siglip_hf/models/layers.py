@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -81,6 +82,12 @@ class _MultiHeadAttention(nn.Module):
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
+
+    def fill_new_parameters(self) -> None:
+        """Gives what no checkpoint has filled its initial values."""
+        for projection in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
+            init.xavier_uniform_(projection.weight)
+            init.zeros_(projection.bias)
 
     def _attend(
         self,
@@ -210,12 +217,22 @@ class SiglipMLP(nn.Module):
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
+    def fill_new_parameters(self) -> None:
+        """Gives what no checkpoint has filled its initial values."""
+        for layer in (self.fc1, self.fc2):
+            init.xavier_uniform_(layer.weight)
+            init.normal_(layer.bias, std=1e-6)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Maps (..., D) to (..., D)."""
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
-class SiglipEncoderLayer(GradientCheckpointingLayer):
+class SiglipBlock(GradientCheckpointingLayer):
+    """A block of a tower, whatever it is made of; its output is one of the `hidden_states` that a tower returns."""
+
+
+class SiglipEncoderLayer(SiglipBlock):
     """A pre-norm Transformer block."""
 
     def __init__(self, config: SiglipTextConfig | SiglipVisionConfig):

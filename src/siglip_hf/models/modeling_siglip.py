@@ -15,25 +15,16 @@ from torch import nn
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from siglip_hf.losses.sigmoid import sigmoid_loss
-from siglip_hf.models.adapters import add_lora_targets
-from siglip_hf.models.checkpoint_kind import refuse_other_kind
-from siglip_hf.models.configuration_siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConfig, as_pair
-from siglip_hf.models.layers import (
-    SiglipAttention,
-    SiglipEncoder,
-    SiglipEncoderLayer,
-    SiglipMLP,
-    SiglipPoolingAttention,
-    _MultiHeadAttention,
-)
+from siglip_hf.models.base import SiglipPreTrainedModel
+from siglip_hf.models.configuration_siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+from siglip_hf.models.embeddings import SiglipTextEmbeddings, SiglipVisionEmbeddings
+from siglip_hf.models.layers import SiglipEncoder, SiglipMLP, SiglipPoolingAttention
 from siglip_hf.models.outputs import SiglipOutput, SiglipPoolingOutput
-from siglip_hf.models.quantization import drop_undotted_names, is_reversible, keep_4bit_layout
 
 logger = logging.get_logger(__name__)
 
@@ -41,238 +32,6 @@ logger = logging.get_logger(__name__)
 def l2_normalize(embeds: torch.Tensor) -> torch.Tensor:
     """Scales each row of (B, E) to length 1."""
     return embeds / embeds.norm(p=2, dim=-1, keepdim=True)
-
-
-def resize_position_embedding(positions: torch.Tensor, grid: tuple[int, int], target: tuple[int, int]) -> torch.Tensor:
-    """Resizes learned positions of one patch grid to another (bicubic, in float32, as transformers does).
-
-    Args:
-        positions: (rows * columns, D) of `grid`.
-        grid: Rows and columns the positions were learned for.
-        target: Rows and columns wanted.
-
-    Returns:
-        (target rows * target columns, D), in the dtype of `positions`.
-    """
-    image = positions.reshape(1, *grid, -1).permute(0, 3, 1, 2)  # (1, D, rows, columns)
-    image = nn.functional.interpolate(image.float(), size=target, mode="bicubic", align_corners=False)
-    return image.permute(0, 2, 3, 1).flatten(0, 2).to(positions.dtype)
-
-
-class SiglipPreTrainedModel(PreTrainedModel):
-    """Loading, saving and initial values; the base of all SigLIP models."""
-
-    config: SiglipConfig
-    base_model_prefix = "siglip"
-    input_modalities = ["image", "text"]  # noqa: RUF012
-    supports_gradient_checkpointing = True
-    _no_split_modules = [  # noqa: RUF012
-        "SiglipTextEmbeddings",
-        "SiglipVisionEmbeddings",
-        "SiglipEncoderLayer",
-        "SiglipAttentionPoolingHead",
-    ]
-    _supports_flash_attn = True
-    _supports_sdpa = True
-    _supports_flex_attn = True
-    _supports_attention_backend = True
-    _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": SiglipEncoderLayer,
-        "attentions": SiglipAttention,
-    }
-
-    def __init__(self, config: Any, *inputs: Any, **kwargs: Any):
-        add_lora_targets()
-        config = self._own_config(config)
-        config.check()
-        super().__init__(config, *inputs, **kwargs)
-
-    @classmethod
-    def _own_config(cls, config: Any) -> Any:
-        """This package's form of a configuration, such as transformers' own object; refuses that of another part.
-
-        Raises:
-            ValueError: If it describes another part or family.
-        """
-        for config_class in cls._config_classes():
-            own = config_class.of(config)
-            if isinstance(own, config_class):
-                return own
-        wanted = " or ".join(config_class.__name__ for config_class in cls._config_classes())
-        raise ValueError(
-            f"{cls.__name__} takes a {wanted}, and this is a {type(config).__name__} (model_type "
-            f"{getattr(config, 'model_type', None)!r}); use the class of that part, or AutoModel"
-        )
-
-    @classmethod
-    def _config_classes(cls) -> tuple[Any, ...]:
-        return (cls.config_class,)
-
-    def _initialize_weights(self, module: nn.Module, is_custom_code: bool = False) -> None:
-        # For classes outside of transformers the base class skips modules that own no parameter directly, such as the
-        # attention layers. That guards against code that overwrites loaded tensors; `init` below never does.
-        super()._initialize_weights(module, is_custom_code=False)
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Fills new parameters as the original code does; `init` leaves alone what a checkpoint has filled."""
-        if isinstance(module, SiglipModel):
-            # Section 3.2 of the paper: start at temperature 10 and a bias that makes almost all pairs negative.
-            init.constant_(module.logit_scale, math.log(10))
-            init.constant_(module.logit_bias, -10.0)
-        elif isinstance(module, SiglipVisionEmbeddings):
-            init.normal_(module.position_embedding.weight, std=module.config.hidden_size**-0.5)
-        elif isinstance(module, SiglipAttentionPoolingHead):
-            # Flax's Xavier bound for a (1, 1, D) tensor; torch would count its axes differently.
-            bound = math.sqrt(6 / (1 + module.probe.shape[-1]))
-            init.uniform_(module.probe, -bound, bound)
-        elif isinstance(module, _MultiHeadAttention):
-            for projection in (module.q_proj, module.k_proj, module.v_proj, module.out_proj):
-                init.xavier_uniform_(projection.weight)
-                init.zeros_(projection.bias)
-        elif isinstance(module, SiglipMLP):
-            for layer in (module.fc1, module.fc2):
-                init.xavier_uniform_(layer.weight)
-                init.normal_(layer.bias, std=1e-6)
-        elif isinstance(module, SiglipForImageClassification):
-            if isinstance(module.classifier, nn.Linear):
-                width = module.classifier.in_features
-                factor = getattr(module.config, "initializer_factor", 1.0)
-                init.normal_(module.classifier.weight, std=width**-0.5 * factor)
-                init.zeros_(module.classifier.bias)
-        elif isinstance(module, nn.Embedding):
-            init.default_flax_embed_init_(module.weight)
-        elif isinstance(module, (nn.Linear, nn.Conv2d)):
-            init.lecun_normal_(module.weight)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
-        # Not part of any checkpoint, so they have to be made anew where a model was built without memory.
-        if isinstance(module, (SiglipTextEmbeddings, SiglipVisionEmbeddings)):
-            init.copy_(module.position_ids, torch.arange(module.position_ids.shape[-1]).expand((1, -1)))
-
-    @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
-        """As in transformers, but NaFlex weights are refused, and quantized models can be loaded and saved again."""
-        refuse_other_kind(model, state_dict, checkpoint_files)
-        drop_undotted_names(getattr(load_config.hf_quantizer, "metadata", {}))
-        result = PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *args, **kwargs
-        )
-        conversions = getattr(model, "_weight_conversions", None) or []
-        model._weight_conversions = [entry for entry in conversions if is_reversible(entry)]
-        keep_4bit_layout(model)
-        return result
-
-    def _pass_on_output_flags(self, kwargs: dict[str, Any]) -> None:
-        """Makes what the joint configuration asks for reach the towers, which have configurations of their own."""
-        for flag in ("output_hidden_states", "output_attentions"):
-            if kwargs.get(flag) is None and getattr(self.config, flag):
-                kwargs[flag] = True
-
-    def _resolve_attentions(self, kwargs: dict[str, Any]) -> bool:
-        """Whether attention weights are wanted; if so, makes sure the blocks run an implementation that has them."""
-        wanted = kwargs.get("output_attentions")
-        wanted = self.config.output_attentions if wanted is None else wanted
-        if wanted and self.config._attn_implementation != "eager":
-            logger.warning_once(
-                f"attn_implementation={self.config._attn_implementation!r} does not return attention weights; with "
-                "output_attentions=True this model computes attention with 'eager' instead"
-            )
-            kwargs["attn_implementation"] = "eager"
-        return bool(wanted)
-
-
-class SiglipVisionEmbeddings(SiglipPreTrainedModel):
-    """Patches of a picture as tokens with positions.
-
-    A model of its own in transformers' eyes, so that the conversion of its checkpoint tensors (positions of another
-    picture size) applies to this package's class only.
-    """
-
-    config: SiglipVisionConfig  # type: ignore[assignment]
-    supports_gradient_checkpointing = False  # it has no blocks to recompute; the tower has
-
-    def __init__(self, config: SiglipVisionConfig):
-        super().__init__(config)
-        config = self.config
-        self.embed_dim, self.image_size, self.patch_size = config.hidden_size, config.image_size, config.patch_size
-        patch_size = as_pair(config.patch_size)
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels, config.hidden_size, kernel_size=patch_size, stride=patch_size, padding="valid"
-        )
-        self.num_patches = self.num_positions = math.prod(config.patch_grid)
-        self.position_embedding = nn.Embedding(self.num_positions, config.hidden_size)
-        self.position_ids = nn.Buffer(torch.arange(self.num_positions).expand((1, -1)), persistent=False)
-        self.post_init()
-
-    def interpolate_pos_encoding(self, grid: tuple[int, int]) -> torch.Tensor:
-        """Returns positions (1, rows * columns, D) for another grid of patches."""
-        # By a call: an offloaded layer's weight is only there while it runs.
-        positions = self.position_embedding(self.position_ids)[0]  # (N, D)
-        return resize_position_embedding(positions, self.config.patch_grid, grid).unsqueeze(0)
-
-    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        """Maps pixels (B, C, height, width) to tokens (B, N, D).
-
-        Raises:
-            ValueError: If the picture is not as large as the model expects, and interpolation was not asked for.
-        """
-        height, width = pixel_values.shape[-2:]
-        patch_height, patch_width = as_pair(self.config.patch_size)
-        grid = height // patch_height, width // patch_width
-        tracing = torch.jit.is_tracing() or torch.compiler.is_exporting()
-        if not interpolate_pos_encoding and not tracing and grid != self.config.patch_grid:
-            raise ValueError(
-                f"the picture is {height}x{width} pixels, which makes {grid[0]}x{grid[1]} patches, but this model "
-                f"expects {'x'.join(map(str, as_pair(self.config.image_size)))} pixels "
-                f"({'x'.join(map(str, self.config.patch_grid))} patches); resize it, or pass "
-                "interpolate_pos_encoding=True"
-            )
-        if not tracing and (height % patch_height or width % patch_width):
-            self._warn_about_cut_off_pixels(height, width)
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.bias.dtype))  # (B, D, rows, columns)
-        tokens = patches.flatten(2).transpose(1, 2)  # (B, N, D)
-        # A traced model must also interpolate where the example happened to have the usual size.
-        if interpolate_pos_encoding and (tracing or grid != self.config.patch_grid):
-            return tokens + self.interpolate_pos_encoding(grid)
-        return tokens + self.position_embedding(self.position_ids)
-
-    def _warn_about_cut_off_pixels(self, height: int, width: int) -> None:
-        # Some published models are trained so: 384 pixels are not a multiple of patches of 14.
-        if (height, width) != as_pair(self.config.image_size):
-            logger.warning_once(
-                f"the picture is {height}x{width} pixels, which patches of {self.config.patch_size} do not fill: the "
-                "rest at the lower and right edge is cut off. Resize it with the model's image processor"
-            )
-
-
-class SiglipTextEmbeddings(nn.Module):
-    """Token ids as vectors with positions."""
-
-    def __init__(self, config: SiglipTextConfig):
-        super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.position_ids = nn.Buffer(torch.arange(config.max_position_embeddings).expand((1, -1)), persistent=False)
-
-    def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """Maps token ids (B, L) to (B, L, D).
-
-        Raises:
-            ValueError: If the text is longer than the model's positions.
-        """
-        length, limit = input_ids.shape[-1], self.position_embedding.num_embeddings
-        if length > limit:
-            raise ValueError(
-                f"the text has {length} tokens, but this model has max_position_embeddings={limit}; tokenize with "
-                f"truncation=True, max_length={limit}"
-            )
-        if position_ids is None:
-            position_ids = self.position_ids[:, :length]
-        return self.token_embedding(input_ids) + self.position_embedding(position_ids)
 
 
 class SiglipAttentionPoolingHead(SiglipPreTrainedModel):
@@ -294,6 +53,12 @@ class SiglipAttentionPoolingHead(SiglipPreTrainedModel):
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = SiglipMLP(config)
         self.post_init()
+
+    def fill_new_parameters(self) -> None:
+        """Gives what no checkpoint has filled its initial values."""
+        # Flax's Xavier bound for a (1, 1, D) tensor; torch would count its axes differently.
+        bound = math.sqrt(6 / (1 + self.probe.shape[-1]))
+        init.uniform_(self.probe, -bound, bound)
 
     def forward(
         self, hidden_states: torch.Tensor, attn_implementation: str | None = None, mask: Any = None
@@ -469,6 +234,12 @@ class SiglipModel(SiglipPreTrainedModel):
         self.logit_bias = nn.Parameter(torch.empty(1))
         self.post_init()
 
+    def fill_new_parameters(self) -> None:
+        """Gives what no checkpoint has filled its initial values."""
+        # Section 3.2 of the paper: start at temperature 10 and a bias that makes almost all pairs negative.
+        init.constant_(self.logit_scale, math.log(10))
+        init.constant_(self.logit_bias, -10.0)
+
     def get_input_embeddings(self) -> nn.Module:
         """Returns the token embedding of the text tower."""
         return self.text_model.embeddings.token_embedding
@@ -621,6 +392,7 @@ class SiglipModel(SiglipPreTrainedModel):
             logits_per_text = cosine * logit_scale.exp() + logit_bias
             if return_loss:
                 loss = sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias)
+        alone = text_output if pixel_values is None else vision_output if input_ids is None else None
         return SiglipOutput(
             loss=loss,
             logits_per_image=None if logits_per_text is None else logits_per_text.t(),
@@ -629,6 +401,7 @@ class SiglipModel(SiglipPreTrainedModel):
             image_embeds=image_embeds,
             text_model_output=text_output,
             vision_model_output=vision_output,
+            pooler_output=None if alone is None else alone.pooler_output,
         )
 
     def _check_pairs(self, input_ids: torch.Tensor | None, pixel_values: torch.Tensor | None) -> None:
@@ -670,6 +443,13 @@ class SiglipForImageClassification(SiglipPreTrainedModel):
             nn.Linear(vision_config.hidden_size, self.num_labels) if self.num_labels > 0 else nn.Identity()
         )
         self.post_init()
+
+    def fill_new_parameters(self) -> None:
+        """Gives what no checkpoint has filled its initial values."""
+        if isinstance(self.classifier, nn.Linear):
+            factor = getattr(self.config, "initializer_factor", 1.0)
+            init.normal_(self.classifier.weight, std=self.classifier.in_features**-0.5 * factor)
+            init.zeros_(self.classifier.bias)
 
     def get_input_embeddings(self) -> nn.Module:
         """Returns the patch embedding."""

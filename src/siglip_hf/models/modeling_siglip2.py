@@ -50,13 +50,6 @@ class Siglip2PreTrainedModel(SiglipPreTrainedModel):
         "Siglip2AttentionPoolingHead",
     ]
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, Siglip2VisionEmbeddings):
-            init.normal_(module.position_embedding.weight, std=module.config.hidden_size**-0.5)
-        else:
-            super()._init_weights(module)
-
 
 class Siglip2VisionEmbeddings(nn.Module):
     """Patches as tokens, with positions resized to each picture's grid."""
@@ -69,6 +62,10 @@ class Siglip2VisionEmbeddings(nn.Module):
         self.embed_dim, self.patch_size = config.hidden_size, config.patch_size
         self.position_embedding_size = config.patch_grid[0]
         self.position_embedding = nn.Embedding(self.num_patches, config.hidden_size)
+
+    def fill_new_parameters(self) -> None:
+        """Gives what no checkpoint has filled its initial values."""
+        init.normal_(self.position_embedding.weight, std=self.config.hidden_size**-0.5)
 
     def forward(self, patches: torch.Tensor, shapes: torch.Tensor, patch_ids: torch.Tensor) -> torch.Tensor:
         """Maps patches to tokens.

@@ -39,6 +39,8 @@ class SiglipOutput(ModelOutput):
         image_embeds: (images, E), L2-normalized.
         text_model_output: Output of the text tower.
         vision_model_output: Output of the vision tower.
+        pooler_output: (B, E), not normalized, of the tower that ran; None where both did. `pool=True` of
+            transformers' image-feature-extraction pipeline returns it.
     """
 
     loss: torch.Tensor | None = None
@@ -48,6 +50,7 @@ class SiglipOutput(ModelOutput):
     image_embeds: torch.Tensor | None = None
     text_model_output: BaseModelOutputWithPooling | None = None
     vision_model_output: SiglipPoolingOutput | None = None
+    pooler_output: torch.Tensor | None = None
 
     def to_tuple(self) -> tuple[Any, ...]:
         """Returns all fields that are set, towers' outputs as tuples too."""

@@ -15,7 +15,7 @@ from transformers.core_model_loading import (
     log_conversion_errors,
 )
 
-from siglip_hf.models.modeling_siglip import SiglipVisionEmbeddings, resize_position_embedding
+from siglip_hf.models.embeddings import SiglipVisionEmbeddings, resize_position_embedding
 
 
 class ProjectionsConverter(WeightConverter):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from siglip_hf.inference.optimize import onednn
-from siglip_hf.models.layers import SiglipEncoderLayer, is_plain_linear
+from siglip_hf.models.layers import SiglipBlock, SiglipEncoderLayer, is_plain_linear
 
 #: Attention scores made at a time; 4 MiB in bfloat16 stay in the cache.
 _SCORES_AT_A_TIME = 2**21
@@ -131,7 +131,7 @@ def _quantize(states: torch.Tensor) -> tuple[torch.Tensor, float, int]:
     return quantized, scale, zero
 
 
-class PackedEncoderLayer(SiglipEncoderLayer):
+class PackedEncoderLayer(SiglipBlock):
     """A block with packed weights, made from a plain one. It computes only: no gradients, no saving, no other dtype.
 
     Args:
@@ -141,7 +141,7 @@ class PackedEncoderLayer(SiglipEncoderLayer):
     """
 
     def __init__(self, block: SiglipEncoderLayer, dtype: torch.dtype, int8: bool = False):
-        super(SiglipEncoderLayer, self).__init__()
+        super().__init__()
         attention, mlp = block.self_attn, block.mlp
         self.dtype = dtype
         self.num_heads, self.scale = attention.num_heads, attention.scale
