@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image, UnidentifiedImageError
 
-from siglip_hf import default_checkpoint
 from siglip_hf.apps.gate import Gate
 from siglip_hf.extras import missing
+from siglip_hf.loading import default_checkpoint
 from siglip_hf.preprocessing.image_intake import PictureError, load_picture
 
 if TYPE_CHECKING:

@@ -88,7 +88,7 @@ def open_index(
 
 def demo_index(on_progress: Callable[[str], None] = lambda stage: None) -> str:
     """The folder of an index of the demo's pictures, built if it is not there."""
-    from siglip_hf import default_checkpoint
+    from siglip_hf.loading import default_checkpoint
     from siglip_hf.search.index import IndexFolder
     from siglip_hf.search.index_source import index_source
 

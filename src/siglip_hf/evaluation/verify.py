@@ -177,14 +177,18 @@ def write_random(preset: str, folder: Path) -> Path:
     Raises:
         ValueError: if there is no such preset.
     """
-    import siglip_hf
+    from siglip_hf.models.configuration_siglip import SiglipConfig
+    from siglip_hf.models.configuration_siglip2 import NAFLEX_PRESETS, Siglip2Config
+    from siglip_hf.models.modeling_siglip import SiglipModel
+    from siglip_hf.models.modeling_siglip2 import Siglip2Model
+    from siglip_hf.preprocessing.image_processing_siglip import SiglipImageProcessor
+    from siglip_hf.preprocessing.image_processing_siglip2 import Siglip2ImageProcessor
 
-    naflex = preset.removeprefix("google/") in siglip_hf.NAFLEX_PRESETS
-    prefix = "Siglip2" if naflex else "Siglip"
-    config = getattr(siglip_hf, f"{prefix}Config").from_preset(preset)
+    naflex = preset.removeprefix("google/") in NAFLEX_PRESETS
+    config: Any = (Siglip2Config if naflex else SiglipConfig).from_preset(preset)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = getattr(siglip_hf, f"{prefix}Model")(config)
+        model = (Siglip2Model if naflex else SiglipModel)(config)
         for parameter in model.parameters():
             if parameter.ndim == 1 and len(parameter) > 1:  # biases of zero and norms of one would hide mistakes
                 nn.init.normal_(parameter, float(parameter.detach().mean() > 0.5), 0.1)
@@ -193,12 +197,12 @@ def write_random(preset: str, folder: Path) -> Path:
     size = (
         {"patch_size": vision.patch_size} if naflex else {"size": dict.fromkeys(("height", "width"), vision.image_size)}
     )
-    getattr(siglip_hf, f"{prefix}ImageProcessor")(**size).save_pretrained(folder)
+    (Siglip2ImageProcessor if naflex else SiglipImageProcessor)(**size).save_pretrained(folder)
     return folder
 
 
 def _default_checkpoint() -> str:
-    from siglip_hf import default_checkpoint
+    from siglip_hf.loading import default_checkpoint
 
     return default_checkpoint()
 

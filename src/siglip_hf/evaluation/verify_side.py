@@ -86,11 +86,14 @@ def classes_of(request: dict[str, Any]) -> tuple[Any, Any, Any]:
     needs_tokenizer = any("texts" in case for case in request["cases"].values())
     folder = request["model"]
     if request["side"] == "siglip_hf":
-        import siglip_hf
+        from siglip_hf.models.modeling_siglip import SiglipModel
+        from siglip_hf.models.modeling_siglip2 import Siglip2Model
+        from siglip_hf.preprocessing.image_processing_siglip import SiglipImageProcessor
+        from siglip_hf.preprocessing.image_processing_siglip2 import Siglip2ImageProcessor
 
-        prefix = "Siglip2" if AutoConfig.from_pretrained(folder).model_type == "siglip2" else "Siglip"
-        model_class = getattr(siglip_hf, f"{prefix}Model")
-        image_processor_class = getattr(siglip_hf, f"{prefix}ImageProcessor")
+        naflex = AutoConfig.from_pretrained(folder).model_type == "siglip2"
+        model_class = Siglip2Model if naflex else SiglipModel
+        image_processor_class = Siglip2ImageProcessor if naflex else SiglipImageProcessor
     else:
         kind = AutoConfig.from_pretrained(folder).model_type
         prefix, package = kind.capitalize(), f"transformers.models.{kind}"
