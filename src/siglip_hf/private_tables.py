@@ -7,6 +7,7 @@ table's `loss`), so a table that is not found costs that convenience and one war
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -62,16 +63,18 @@ def _add_our_image_processors(mapping: Any) -> None:
             mapping.register(config_class, dict(classes), exist_ok=True)
 
 
+# A name, not an import: the pipeline stands on models and loading, which stand on registration.
+_PIPELINE = "siglip_hf.inference.pipeline.SiglipZeroShotImageClassificationPipeline"
+
+
 def _use_our_pipeline(registry: Any) -> None:
     # `register_pipeline` takes the class for code that has to be saved beside a model: `save_pretrained` of a pipeline
     # would copy our source file there, and stock transformers would then refuse the folder without trust_remote_code.
     task = registry.supported_tasks["zero-shot-image-classification"]
     if isinstance(task["impl"], str):  # a dotted path, imported when a pipeline of this task is made
-        task["impl"] = "siglip_hf.inference.pipeline.SiglipZeroShotImageClassificationPipeline"
+        task["impl"] = _PIPELINE
     else:
-        from siglip_hf.inference.pipeline import SiglipZeroShotImageClassificationPipeline
-
-        task["impl"] = SiglipZeroShotImageClassificationPipeline
+        task["impl"] = pkgutil.resolve_name(_PIPELINE)
 
 
 _AUTO = "transformers.models.auto"
@@ -100,8 +103,7 @@ PRIVATE_TABLES = (
         "transformers.pipelines",
         "PIPELINE_REGISTRY",
         _use_our_pipeline,
-        "pipeline('zero-shot-image-classification') gives stock's pipeline; use "
-        "siglip_hf.inference.pipeline.SiglipZeroShotImageClassificationPipeline",
+        f"pipeline('zero-shot-image-classification') gives stock's pipeline; use {_PIPELINE}",
     ),
 )
 

@@ -2,15 +2,12 @@
 
 import dataclasses
 import html
-import json
 import os
 import socket
 import struct
 import subprocess
 import sys
 import types
-import urllib.error
-import urllib.request
 import zlib
 from pathlib import Path
 
@@ -565,48 +562,3 @@ class TestCommand:
         monkeypatch.delenv("GRADIO_ANALYTICS_ENABLED", raising=False)
         page.import_gradio()
         assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
-
-
-class TestServer:
-    """What the server of a page answers to a program."""
-
-    @pytest.fixture(scope="class")
-    def address(self, embedded):
-        pytest.importorskip("gradio")
-        blocks = compare.build([embedded])
-        yield page.serve(blocks, wait=False).rstrip("/")
-        blocks.close(verbose=False)
-
-    def ask(self, address, path, **options):
-        request = urllib.request.Request(address + path, **options)
-        try:
-            with urllib.request.urlopen(request, timeout=60) as reply:
-                return reply.status, reply.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode()
-
-    @pytest.mark.parametrize(
-        "path",
-        [
-            *("/monitoring", "/monitoring/summary", "/openapi.json", "/docs", "/gradio_api/openapi.json"),
-            *("/gradio_api/info", "/gradio_api/info/", "/gradio_api/runs", "/gradio_api/vibe-code/", "/nothing"),
-            *("/gradio_api/proxy=http://127.0.0.1/", "/gradio_api/token", "/gradio_api/dev/reload", "/config/../info"),
-        ],
-    )
-    def test_what_no_page_asks_for_is_not_there(self, address, path):
-        assert self.ask(address, path) == (404, '{"detail": "There is nothing here."}')
-
-    def test_a_page_and_its_files_are_there(self, address):
-        for path in ("/", "/config", "/theme.css", "/gradio_api/app_id"):
-            assert self.ask(address, path)[0] == 200, path
-
-    def test_errors_are_in_our_words(self, address):
-        """A file that was not uploaded, and a body that gradio's models refuse."""
-        status, said = self.ask(address, "/gradio_api/file=/etc/passwd")
-        assert (status, json.loads(said)["detail"]) in (
-            (403, "This request cannot be answered."),
-            (404, "There is nothing here."),
-        )
-        headers = {"Content-Type": "application/json"}
-        status, said = self.ask(address, "/gradio_api/queue/join", data=b'{"data": 5}', headers=headers)
-        assert (status, said) == (422, '{"detail": "This request cannot be answered."}')

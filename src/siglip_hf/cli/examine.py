@@ -135,7 +135,7 @@ def registered() -> dict[str, dict[str, str]]:
         mapping = getattr(importlib.import_module(f"{auto}.{module}"), name)
         rows = {kind: mapping[configs[kind]] for kind in _MODEL_TYPES if configs[kind] in mapping}
         table[auto_class] = {kind: _path(value) for kind, value in rows.items()}
-    implementation = importlib.import_module("transformers.pipelines").PIPELINE_REGISTRY.check_task(_TASK)[1]["impl"]
+    implementation = importlib.import_module("transformers.pipelines").check_task(_TASK)[1]["impl"]
     table["pipeline"] = {_TASK: _path(implementation)}
     return table
 
