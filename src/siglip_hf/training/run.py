@@ -398,8 +398,10 @@ def _save_model(trainer: Any, output: Path) -> None:
     trainer.accelerator.wait_for_everyone()
     if trainer.args.should_save:
         (folder / "training_args.bin").unlink(missing_ok=True)
-        for file in folder.iterdir():
-            os.replace(file, output / file.name)
+        for path in folder.iterdir():
+            if path.is_dir():  # a run that was killed here has moved it before, and a full folder is not replaced
+                shutil.rmtree(output / path.name, ignore_errors=True)
+            os.replace(path, output / path.name)
         folder.rmdir()
 
 
