@@ -43,9 +43,9 @@ def at_small_scale(command, folder):
     # which `accelerate` imports, fail where timm is without torchvision, as it is for our benchmarks.
     launch = f"{sys.executable} -m accelerate.commands.launch --multi_gpu --main_process_port {port}"
     command = command.replace("accelerate launch", launch)
-    command = command.replace("train photos", f"train {folder / 'photos'}").replace(
-        "--output tuned", f"--output {folder / 'tuned'}"
-    )
+    command = command.replace("train photos", f"train {folder / 'photos'}")
+    command = command.replace("--out tuned", f"--out {folder / 'tuned'}")
+    assert str(folder / "tuned") in command
     words = [str(PROGRAMS / word) if (PROGRAMS / word).is_file() else word for word in shlex.split(command)]
     return [[*words, "--model", str(folder / "tiny"), *SMALL]] * (2 if several else 1)
 
@@ -62,7 +62,7 @@ def folder(tmp_path_factory):
     write_captioned(folder / "photos", count=8)
     write_tiny_checkpoint(folder / "tiny")
     options = ["--model", str(folder / "tiny"), *SMALL]
-    assert main(["train", str(folder / "photos"), "--output", str(folder / "alone"), *options]) == 0
+    assert main(["train", str(folder / "photos"), "--out", str(folder / "alone"), *options]) == 0
     return folder
 
 

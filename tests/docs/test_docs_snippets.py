@@ -97,8 +97,9 @@ def set_the_scene(page: Path, folder: Path) -> Callable[[str], str]:
     for name in ("tests", "src"):
         (folder / name).symlink_to(ROOT / name)
     text = page.read_text()
-    if " photos\n" not in text:  # else the page makes the folder itself
-        shutil.copytree(PICTURES, folder / "photos", ignore=lambda _, names: {"README.md"} & set(names))
+    for name in ("photos", "drawings"):
+        if f" {name}\n" not in text:  # else the page makes the folder itself
+            shutil.copytree(PICTURES, folder / name, ignore=lambda _, names: {"README.md"} & set(names))
     for file in PICTURES.glob("*.png"):
         shutil.copy(file, folder)
     for name, size in (("panorama.png", (240, 60)), ("page.png", (120, 170)), ("thumbnail.png", (40, 40))):
@@ -132,7 +133,8 @@ def run_command(line: str, read_only: bool) -> None:
             subprocess.run(line, shell=True, check=True)
     elif program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert set(arguments) <= set(targets), f"no such target: {line}"
+        named = {argument for argument in arguments if "=" not in argument}
+        assert named <= set(targets), f"no such target: {line}"
     elif program == "pip":
         project = (ROOT / "pyproject.toml").read_text()
         listed = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
@@ -140,7 +142,9 @@ def run_command(line: str, read_only: bool) -> None:
         named = re.findall(r"^(?:siglip-hf|\.)\[([\w,-]+)\]$", "\n".join(arguments), re.MULTILINE)
         assert {extra for names in named for extra in names.split(",")} <= set(extras), line
     elif program == "python":
-        source = (ROOT / arguments[0]).read_text()
+        script = ROOT / arguments[0]
+        # Scripts of a folder share options.
+        source = "".join(file.read_text() for file in {script, *script.parent.glob("*/*.py")})
         options = [argument.split("=")[0] for argument in arguments if argument.startswith("--")]
         assert [option for option in options if f'"{option}"' not in source] == [], line
     else:

@@ -82,6 +82,10 @@ def parse_templates(hypothesis_template: str | Iterable[str]) -> tuple[str, ...]
 def check_characters(text: str, what: str) -> None:
     """Refuses a text with half a character in it, which no tokenizer takes: bytes that were no UTF-8.
 
+    Args:
+        text: What is checked.
+        what: What it should serve as, for the error: "a label".
+
     Raises:
         ValueError: with the text.
     """
