@@ -32,7 +32,7 @@ FLOORS = [
 # Data, not rooms.
 FOLDERS_WITHOUT_CODE = {"checkpoints"}
 LONGEST_FILE = 600
-MOST_ENTRIES = 18
+MOST_ROOMS = MOST_FILES = 12
 
 
 def modules() -> dict[str, Path]:
@@ -116,8 +116,11 @@ def test_the_way_in_is_for_others(name):
 
 
 def test_a_dozen_rooms():
-    entries = {path.name for path in PACKAGE.iterdir() if path.name != "__pycache__"}
-    assert len(entries) <= MOST_ENTRIES, sorted(entries)
+    """The issue that asked for the house says a dozen entries and lists sixteen; so rooms and files are counted apart."""
+    entries = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    rooms = [path.name for path in entries if path.is_dir()]
+    assert len(rooms) <= MOST_ROOMS, rooms
+    assert len(entries) - len(rooms) <= MOST_FILES, sorted(path.name for path in entries)
 
 
 @pytest.mark.parametrize("folder", ["src", "tests", "scripts"])
