@@ -20,6 +20,7 @@ import siglip_hf
 from siglip_hf.apps import compare, multilingual, page, search
 from siglip_hf.apps.scorers import ClipScorer, OpenClipScorer, Scorer, SiglipScorer, load_scorer
 from siglip_hf.cli import main as cli
+from siglip_hf.parallel import PIXELS
 from siglip_hf.preprocessing.image_intake import PictureError
 from tiny_clip import write_tiny_clip
 
@@ -84,6 +85,16 @@ class TestUploads:
         monkeypatch.setattr(page, "load_picture", lambda path: pytest.fail("it was decoded"))
         with pytest.raises(PictureError, match=words):
             page.read_upload(str(path))
+
+    def test_large_ones_share_the_budget_and_are_kept_small(self, tmp_path, monkeypatch):
+        path = tmp_path / "wide.png"
+        Image.new("RGB", (4000, 1000), "red").save(path)
+        held = []
+        load = page.load_picture
+        monkeypatch.setattr(page, "load_picture", lambda path: (load(path), held.append(PIXELS._held))[0])
+        picture = page.read_upload(str(path))
+        assert (held, PIXELS._held) == ([4_000_000], 0)
+        assert picture.size == (2048, 512)
 
     def test_the_box_hands_over_the_path_without_opening_the_file(self):
         gr = pytest.importorskip("gradio")

@@ -11,13 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import siglip_hf
 import siglip_hf.loading
 from siglip_hf.cli import examine as doctor
 from siglip_hf.cli.common import EMBEDDED
 from siglip_hf.cli.main import main
+from siglip_hf.parallel import PIXELS
 from tiny_checkpoint import write_tiny_checkpoint
 
 LABELS = "cat, dog, a red bird"
@@ -250,6 +253,58 @@ def test_version_and_help_load_no_torch():
         assert expected in done.stdout
 
 
+@pytest.mark.parametrize("line", [["classify", "--labels", LABELS], ["embed", "--out", "o"], ["index", "--out", "o"]])
+def test_larger_pictures_than_max_pixels_are_skipped(run, tmp_path, monkeypatch, line):
+    if line[0] == "index":
+        pytest.importorskip("faiss")
+    monkeypatch.chdir(tmp_path)
+    Path("pictures").mkdir()
+    for side in (20, 30):
+        Image.new("RGB", (side, side), "red").save(f"pictures/{side}.png")
+    code, _, err = run(line[0], "pictures", *line[1:], "--max-pixels", 400)
+    assert code == 1
+    assert "30.png: it has 900 pixels, more than the 400 that were allowed" in err.replace("pictures/", "")
+    assert "20.png" not in err
+    assert PIXELS.largest is None, "the limit holds for the command only"
+    shutil.rmtree("o", ignore_errors=True)
+    shutil.rmtree("o.embeddings", ignore_errors=True)
+    assert run(line[0], "pictures", *line[1:])[0] == 0
+
+
+def test_max_pixels_is_not_for_ray(run, folder):
+    code, _, err = run("embed", folder, "--out", folder / "o", "--engine", "ray", "--max-pixels", 400)
+    assert code == 2
+    assert err.startswith("siglip-hf: --max-pixels holds in this process, not in Ray's")
+
+
+@pytest.mark.parametrize("command", [["classify", "--labels", LABELS], ["embed", "--out", "o"], ["evaluate"]])
+def test_a_model_of_nan_is_one_error(run, checkpoint, folder, tmp_path, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    model = Path(shutil.copytree(checkpoint, tmp_path / "model"))
+    weights = load_file(model / "model.safetensors")
+    weights["logit_scale"].fill_(float("nan"))
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "cat").mkdir()
+    shutil.copy(folder / "b.png", tmp_path / "cat")
+    source = tmp_path if command[0] == "evaluate" else folder / "b.png"
+    code, out, err = run(command[0], source, *command[1:], "--model", model)
+    assert (code, out) == (2, "")
+    assert err == (
+        f"siglip-hf: cannot load '{model}': the weight logit_scale is not finite (NaN or infinite), "
+        "so all scores would be NaN.\n"
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+@pytest.mark.parametrize("command", [["classify", "--labels", LABELS], ["embed", "--out", "o"], ["evaluate"]])
+def test_a_device_that_is_not_there_is_one_error(run, folder, monkeypatch, command):
+    monkeypatch.chdir(folder)
+    code, out, err = run(command[0], folder, *command[1:], "--device", "cuda")
+    assert (code, out) == (2, "")
+    assert err.startswith("siglip-hf: device='cuda' cannot be used: ")
+    assert err.count("\n") == 1
+
+
 @pytest.fixture
 def quick_doctor(monkeypatch):
     """Without flex attention, which compiles for a minute."""
@@ -259,8 +314,6 @@ def quick_doctor(monkeypatch):
 
 
 def test_doctor_reports_what_is_there(run, quick_doctor, checkpoint):
-    import torch
-
     code, out, err = run("doctor", "--json")
     report = json.loads(out)
     assert report["versions"]["torch"] == torch.__version__

@@ -15,6 +15,7 @@ from PIL import Image, UnidentifiedImageError
 from siglip_hf.apps.gate import Gate
 from siglip_hf.extras import missing
 from siglip_hf.loading import default_checkpoint
+from siglip_hf.parallel import PIXELS
 from siglip_hf.preprocessing.image_intake import PictureError, load_picture
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 MAX_UPLOAD = "20mb"
 MAX_PIXELS = 50_000_000
+#: Longest side, in pixels, of what is kept of a picture; models take far smaller ones.
+MAX_SIDE = 2048
 MAX_LABELS = 200
 #: Characters in a field of labels, a template, a query, and a pattern of paths.
 MAX_LABELS_TEXT, MAX_TEMPLATE, MAX_QUERY, MAX_PATTERN = 10_000, 500, 2000, 500
@@ -157,7 +160,9 @@ def model_line(names: Sequence[str]) -> str:
 
 
 def read_upload(path: str, most: int = MAX_PIXELS) -> Image.Image:
-    """The picture of an uploaded file, upright, as RGB.
+    """The picture of an uploaded file, upright, as RGB, no larger than `MAX_SIDE`.
+
+    Visitors share the budget of decoded pixels, so that many large uploads at once wait for each other.
 
     Raises:
         PictureError: if it cannot be read, or has more than `most` pixels; without the path on this machine.
@@ -167,7 +172,10 @@ def read_upload(path: str, most: int = MAX_PIXELS) -> Image.Image:
             width, height = image.size
         if width * height > most:
             raise ValueError(f"it has {width} x {height} pixels; at most {most / 1e6:.0f} million are taken")
-        return load_picture(path)
+        with PIXELS.bounded():
+            picture = load_picture(path)
+            picture.thumbnail((MAX_SIDE, MAX_SIDE))
+            return picture
     except UnidentifiedImageError as error:
         raise PictureError("it is no picture of a known format, such as PNG or JPEG", Path(path).name) from error
     except (OSError, ValueError, Image.DecompressionBombError) as error:

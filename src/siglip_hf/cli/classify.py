@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from siglip_hf.cli.common import (
+    MaxPixels,
     check_sheet,
     console,
     counted,
     embedded_note,
+    largest_picture,
     no_library_progress,
     print_json,
     progress_bar,
@@ -52,6 +54,7 @@ def classify(
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward.")] = 8,
+    max_pixels: MaxPixels = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
     ] = None,
@@ -89,7 +92,7 @@ def classify(
     if sheet is not None:
         _check_sheet(sheet, len(sources))
 
-    with no_library_progress(), progress_bar() as progress:
+    with largest_picture(max_pixels), no_library_progress(), progress_bar() as progress:
         task = progress.add_task("loading the model", total=None)
         if onnx is not None:
             from siglip_hf.integrations.onnx import onnx_classifier

@@ -12,7 +12,9 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,8 +26,25 @@ MOST_LINES = 20
 #: What a command says on stderr that uses the embedded checkpoint because no other was given.
 EMBEDDED = "the embedded checkpoint knows drawings; for photographs --model google/siglip2-base-patch16-224\n"
 
+#: The option of every command that reads pictures; see `largest_picture`.
+MaxPixels = Annotated[
+    int | None, typer.Option(min=1, help="Pixels of the largest picture that is decoded; larger ones are skipped.")
+]
+
 # As wide as a table may get where nobody looks at it on a screen: a path must stay in one piece for the next program.
 _PIPED_WIDTH = 10_000
+
+
+@contextlib.contextmanager
+def largest_picture(pixels: int | None) -> Iterator[None]:
+    """Pictures of more pixels are refused in the block, undecoded; None leaves that to Pillow's own limit."""
+    from siglip_hf.parallel import PIXELS
+
+    before, PIXELS.largest = PIXELS.largest, pixels
+    try:
+        yield
+    finally:
+        PIXELS.largest = before
 
 
 @contextlib.contextmanager

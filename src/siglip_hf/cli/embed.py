@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from siglip_hf.cli.common import counted, embedded_note, no_library_progress, print_some, progress_bar
+from siglip_hf.cli.common import (
+    MaxPixels,
+    counted,
+    embedded_note,
+    largest_picture,
+    no_library_progress,
+    print_some,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from siglip_hf.data.embed import Embedded
@@ -35,6 +43,7 @@ def embed(
     text_column: Annotated[str | None, typer.Option(help="The table's column of texts.")] = None,
     split: Annotated[str, typer.Option(help="Split of a dataset on disk.")] = "train",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures or texts in one forward.")] = 64,
+    max_pixels: MaxPixels = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
     ] = None,
@@ -58,8 +67,12 @@ def embed(
     """
     from siglip_hf.data.embed import embed_source
 
+    if max_pixels is not None and engine != "local":
+        raise ValueError(
+            "--max-pixels holds in this process, not in Ray's; leave one of --max-pixels and --engine out."
+        )
     note = embedded_note(model)
-    with no_library_progress(), progress_bar() as progress:
+    with largest_picture(max_pixels), no_library_progress(), progress_bar() as progress:
         task = progress.add_task("loading the model", total=None)
         start = time.monotonic()
 

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from siglip_hf.cli.common import embedded_note, no_library_progress, progress_bar
+from siglip_hf.cli.common import (
+    MaxPixels,
+    embedded_note,
+    largest_picture,
+    no_library_progress,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -55,6 +61,7 @@ def evaluate(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that read pictures; one per core by default.")
     ] = None,
+    max_pixels: MaxPixels = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
     ] = None,
@@ -88,7 +95,7 @@ def evaluate(
     if truth is not None:
         source = with_truth(source, read_truth_file(truth))
 
-    with no_library_progress(), progress_bar() as progress:
+    with largest_picture(max_pixels), no_library_progress(), progress_bar() as progress:
         bar = progress.add_task("loading the model", total=None)
         embedder = SiglipEmbedder(model, device=device, dtype=dtype, batch_size=batch_size, workers=workers)
         embedded_note(model)()

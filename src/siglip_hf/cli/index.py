@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from siglip_hf.cli.common import counted, embedded_note, no_library_progress, print_some, progress_bar
+from siglip_hf.cli.common import (
+    MaxPixels,
+    counted,
+    embedded_note,
+    largest_picture,
+    no_library_progress,
+    print_some,
+    progress_bar,
+)
 
 if TYPE_CHECKING:
     from siglip_hf.search.build import IndexReport
@@ -42,6 +50,7 @@ def index(
         str | None, typer.Option(help="A checkpoint to embed with; without it the embedded one, with no network.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures or texts in one forward.")] = 64,
+    max_pixels: MaxPixels = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
     ] = None,
@@ -61,7 +70,7 @@ def index(
     }
     if to is not None and (kind or memory):
         raise ValueError("--kind and --memory are those of a FAISS index; the database of --to has its own.")
-    with no_library_progress(), progress_bar() as progress:
+    with largest_picture(max_pixels), no_library_progress(), progress_bar() as progress:
         task = progress.add_task("embedding", total=None)
 
         def on_embedded(done: int, total: int) -> None:
