@@ -75,8 +75,9 @@ class SiglipPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Fills new parameters as the original code does; `init` leaves alone what a checkpoint has filled."""
-        if hasattr(module, "fill_new_parameters"):
-            module.fill_new_parameters()
+        fill: Any = getattr(module, "fill_new_parameters", None)
+        if fill is not None:
+            fill()
         elif isinstance(module, nn.Embedding):
             init.default_flax_embed_init_(module.weight)
         elif isinstance(module, (nn.Linear, nn.Conv2d)):

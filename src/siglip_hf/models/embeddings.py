@@ -87,7 +87,8 @@ class SiglipVisionEmbeddings(SiglipPreTrainedModel):
             )
         if not tracing and (height % patch_height or width % patch_width):
             self._warn_about_cut_off_pixels(height, width)
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.bias.dtype))  # (B, D, rows, columns)
+        dtype = self.patch_embedding.bias.dtype  # type: ignore[union-attr]  # it is made with a bias
+        patches = self.patch_embedding(pixel_values.to(dtype))  # (B, D, rows, columns)
         tokens = patches.flatten(2).transpose(1, 2)  # (B, N, D)
         # A traced model must also interpolate where the example happened to have the usual size.
         if interpolate_pos_encoding and (tracing or grid != self.config.patch_grid):

@@ -169,6 +169,7 @@ class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
         patch_ids = torch.where(is_patch, patch_ids, 0)  # padding gets the position of the first patch, as in stock
         shapes = spatial_shapes[:, None].expand(-1, length, -1)  # (B, N, 2)
 
+        padding: torch.Tensor | None
         if packed and len(pixel_values) > 0:
             packing = packed
             if not isinstance(packing, Packing):
@@ -304,11 +305,12 @@ class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
             return self._encode_pictures(pixel_values, normalize, packed, max_num_patches, max_tokens)
         if max_num_patches is not None:
             raise ValueError("max_num_patches is for a list of pictures; these are patches already")
+        packing: Packing | bool | None = packed
         if packed is None and spatial_shapes is not None:
             spatial_shapes = spatial_shapes.cpu()  # read once, here and in the tower
-            packed = self._packing_if_it_pays(pixel_values, pixel_attention_mask, spatial_shapes)
+            packing = self._packing_if_it_pays(pixel_values, pixel_attention_mask, spatial_shapes)
         output = self.vision_model(
-            pixel_values, pixel_attention_mask, spatial_shapes, packed=packed or False, return_dict=True
+            pixel_values, pixel_attention_mask, spatial_shapes, packed=packing or False, return_dict=True
         )
         return self._embeds(output.pooler_output, normalize)
 

@@ -70,7 +70,7 @@ class Packing(NamedTuple):
     Attributes:
         rows: R.
         length: N.
-        count: B.
+        batch: B.
         slots: (T,) place of each patch in the flattened rows.
         pictures: (T,) number of its picture.
         patches: (T,) its number in the picture.
@@ -78,7 +78,7 @@ class Packing(NamedTuple):
 
     rows: int
     length: int
-    count: int
+    batch: int
     slots: torch.Tensor
     pictures: torch.Tensor
     patches: torch.Tensor
@@ -100,9 +100,9 @@ class Packing(NamedTuple):
     def by_picture(self, rows: torch.Tensor, length: int) -> torch.Tensor:
         """(R, N, D) -> (B, length, D), one row per picture, with zeros for padding."""
         tokens = rows.flatten(0, 1)[_to(self.slots, rows)]  # (T, D)
-        padded = tokens.new_zeros(self.count * length, tokens.shape[-1])
+        padded = tokens.new_zeros(self.batch * length, tokens.shape[-1])
         places = _to(self.pictures * length + self.patches, rows)
-        return padded.index_copy(0, places, tokens).unflatten(0, (self.count, length))
+        return padded.index_copy(0, places, tokens).unflatten(0, (self.batch, length))
 
 
 def _to(places: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:

@@ -59,9 +59,12 @@ class SplitProjections(Chunk):
     """Splits a packed projection along its rows; saving packs it again, unless it has been quantized."""
 
     @torch.no_grad()
-    def convert(self, input_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+    def convert(  # type: ignore[override]
+        self, input_dict: dict[str, torch.Tensor], *args: Any, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
         """Maps the packed tensor to its parts, each with memory of its own: savers drop tensors that share it."""
-        return {name: part.clone() for name, part in super().convert(input_dict, *args, **kwargs).items()}
+        parts = super().convert(input_dict, *args, **kwargs)  # type: ignore[type-var]
+        return {name: part.clone() for name, part in parts.items()}  # type: ignore[attr-defined]
 
     @property
     def reverse_op(self) -> ConversionOps:
