@@ -2,6 +2,7 @@
 
 import dataclasses
 import html
+import io
 import os
 import socket
 import struct
@@ -10,6 +11,7 @@ import sys
 import types
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +56,12 @@ def clip(clip_folder) -> Scorer:
 def chunk(kind: bytes, content: bytes) -> bytes:
     """A piece of a PNG file."""
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
 
 
 class TestUploads:
@@ -426,25 +434,31 @@ class TestSearch:
             search.read_hit(str(tmp_path / "gone.png"))
         assert search.gallery_items([dataclasses.replace(hit, path=None)]) == []
 
-    def test_drawings(self, tmp_path):
-        board, path = Image.new("RGBA", (8, 8), (0, 0, 0, 0)), str(tmp_path / "board.png")
+    def test_drawings(self):
+        board = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
         assert search.read_drawing(None) is None
-        board.save(path)
-        assert search.read_drawing(path) is None
+        assert search.read_drawing(png(board)) is None
         board.putpixel((1, 1), (255, 255, 0, 255))
-        board.save(path)
-        assert search.read_drawing(path).name == "your drawing"
+        assert search.read_drawing(png(board)).name == "your drawing"
 
-    def test_a_drawing_larger_than_a_board_is_refused_unread(self, index, tmp_path, monkeypatch):
+    def test_a_drawing_larger_than_a_board_is_refused_unread(self, monkeypatch):
+        content = png(Image.new("1", (13_000, 13_000)))
+        monkeypatch.setattr(page, "load_picture", lambda file: pytest.fail("it was decoded"))
+        with pytest.raises(PictureError, match=r"the drawing.*13000 x 13000 pixels; at most 4 million"):
+            search.read_drawing(content)
+
+    def test_the_board_hands_over_the_file_as_it_came_and_keeps_few(self, index):
         pytest.importorskip("gradio")
-        Image.new("1", (13_000, 13_000)).save(tmp_path / "board.png")
-        monkeypatch.setattr(page, "load_picture", lambda path: pytest.fail("it was decoded"))
-        with pytest.raises(PictureError, match="13000 x 13000 pixels; at most 4 million"):
-            search.read_drawing(str(tmp_path / "board.png"))
-        # The board of the page hands over the file as it came, whatever its size.
         (board,) = [block for block in search.build(index).blocks.values() if block.elem_id == "draw"]
-        value = board.data_model(composite={"path": str(tmp_path / "board.png")})
-        assert board.preprocess(value) == str(tmp_path / "board.png")
+        for i in range(100):
+            for part, at in (("composite", "null"), ("background", "null"), ("layer", "2")):
+                data = {"id": f"id{i}", "type": part, "index": at}
+                board.accept_blobs(SimpleNamespace(data=data, files=[("file", f"{part} {i}".encode())]))
+        assert len(board.blob_storage) == 32
+        assert all(kept.background is None and not kept.layers for kept in board.blob_storage.values())
+        assert board.preprocess(board.data_model(id="id99")) == b"composite 99"
+        assert board.preprocess(board.data_model(id="id99")) is None
+        assert board.preprocess(board.data_model(id="id0")) is None
         assert board.preprocess(None) is board.preprocess(board.data_model()) is None
 
     @pytest.mark.parametrize(

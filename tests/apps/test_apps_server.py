@@ -1,5 +1,6 @@
 """What the server of a page answers to a program."""
 
+import http.client
 import json
 import urllib.error
 import urllib.request
@@ -70,3 +71,17 @@ def test_errors_are_in_our_words(address):
     headers = {"Content-Type": "application/json"}
     status, said = ask(address, "/gradio_api/queue/join", data=b'{"data": 5}', headers=headers)
     assert (status, said) == (422, '{"detail": "This request cannot be answered."}')
+
+
+def test_boards_are_taken_up_to_a_size(address):
+    """What is too large is refused by its header, before anything of it is kept."""
+    for length in ("8000001", "99999999999999999999"):
+        host, port = address.removeprefix("http://").split(":")
+        connection = http.client.HTTPConnection(host, int(port), timeout=60)
+        connection.putrequest("POST", "/gradio_api/component_server")
+        connection.putheader("Content-Length", length)
+        connection.endheaders()
+        assert connection.getresponse().status == 413
+        connection.close()
+    headers = {"Content-Type": "application/json"}
+    assert ask(address, "/gradio_api/component_server", data=b"{}", headers=headers)[0] in (400, 422, 500)

@@ -18,9 +18,13 @@ _ALLOWED = re.compile(
     r"|file=.+)/?"
 )
 
+# How a drawing board sends what is drawn; it is kept in memory, so that no more is taken than a board can be.
+_BOARD = re.compile(r"/gradio_api/component_server/?")
+MAX_BOARD = 8_000_000
+
 _SENTENCES = {
     404: "There is nothing here.",
-    413: "The file is larger than 20 MB, the most that is taken.",
+    413: "The file is larger than 20 MB, the most that is taken (a drawing: 8 MB).",
 }
 _OTHER = "This request cannot be answered."
 
@@ -44,8 +48,12 @@ class Gate:
             if scope["type"] != "websocket":
                 await self.app(scope, receive, send)
             return
-        if not _ALLOWED.fullmatch(scope["path"]):
+        is_board = _BOARD.fullmatch(scope["path"])
+        if not (is_board or _ALLOWED.fullmatch(scope["path"])):
             await _refuse(send, 404)
+            return
+        if is_board and not 0 <= _length(scope) <= MAX_BOARD:
+            await _refuse(send, 413)
             return
         failed = False
 
@@ -58,6 +66,12 @@ class Gate:
                 await send(message)
 
         await self.app(scope, receive, send_unless_failed)
+
+
+def _length(scope: Message) -> int:
+    """Bytes of the body by its header, which the server holds the sender to; -1 if it does not say."""
+    length = dict(scope["headers"]).get(b"content-length", b"")
+    return int(length) if length.isdigit() else -1
 
 
 async def _refuse(send: Send, status: int) -> None:

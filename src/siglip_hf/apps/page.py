@@ -159,28 +159,29 @@ def model_line(names: Sequence[str]) -> str:
     return note(f"{'Model' if len(names) == 1 else 'Models'}: {shown}{good_for}.")
 
 
-def read_upload(path: str, most: int = MAX_PIXELS) -> Image.Image:
-    """The picture of an uploaded file, upright, as RGB, no larger than `MAX_SIDE`.
+def read_upload(file: str | bytes, most: int = MAX_PIXELS) -> Image.Image:
+    """The picture of an uploaded file (its path or content), upright, as RGB, no larger than `MAX_SIDE`.
 
     Visitors share the budget of decoded pixels, so that many large uploads at once wait for each other.
 
     Raises:
         PictureError: if it cannot be read, or has more than `most` pixels; without the path on this machine.
     """
+    name = "the drawing" if isinstance(file, bytes) else Path(file).name
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             width, height = image.size
         if width * height > most:
             raise ValueError(f"it has {width} x {height} pixels; at most {most / 1e6:.0f} million are taken")
         with PIXELS.bounded():
-            picture = load_picture(path)
+            picture = load_picture(file)
             picture.thumbnail((MAX_SIDE, MAX_SIDE))
             return picture
     except UnidentifiedImageError as error:
-        raise PictureError("it is no picture of a known format, such as PNG or JPEG", Path(path).name) from error
+        raise PictureError("it is no picture of a known format, such as PNG or JPEG", name) from error
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         reason = error.reason if isinstance(error, PictureError) else str(error)
-        raise PictureError(reason.replace(path, "file"), Path(path).name) from error
+        raise PictureError(reason if isinstance(file, bytes) else reason.replace(file, "file"), name) from error
 
 
 def demo_folder() -> Path:

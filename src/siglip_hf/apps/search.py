@@ -199,16 +199,36 @@ def read_hit(path: str, draft_to: int | None = None) -> Image.Image:
         raise PictureError(getattr(error, "reason", None) or str(error), os.path.basename(path)) from error
 
 
-def read_drawing(path: str | None) -> Picture | None:
+class _Boards(dict[str, Any]):
+    """What browsers have sent of their boards and the page has not read yet, by gradio's ids: the last `MOST` of them.
+
+    gradio would keep all for ever, with every layer, and decode them, however many pixels they have.
+    """
+
+    MOST = 32
+
+    def __setitem__(self, key: str, board: Any) -> None:
+        board.background, board.layers = None, []
+        super().__setitem__(key, board)
+        for old in list(self)[: -self.MOST]:
+            self.pop(old, None)
+
+    def take(self, value: Any) -> bytes | None:
+        """The file of a board, undecoded, given what an event says of it; it is kept no longer."""
+        board = self.pop(value.id, None) if value and value.id else None
+        return board.composite if board else None
+
+
+def read_drawing(file: bytes | None) -> Picture | None:
     """What was drawn, or None if the board is empty.
 
     Args:
-        path: the picture of the board, a file that the browser sends.
+        file: the picture of the board, as the browser sends it.
 
     Raises:
         PictureError: if it is no picture, or larger than a board can be.
     """
-    drawn = page.read_upload(path, MOST_DRAWN) if path else None
+    drawn = page.read_upload(file, MOST_DRAWN) if file else None
     if drawn is None or all(low == 255 for low, _ in drawn.getextrema()):
         return None
     return Picture(drawn, "your drawing")
@@ -233,8 +253,8 @@ def build(index: SearchIndex) -> gradio.Blocks:
             return None, [], page.problem(error), []
         return show(picture, *options)
 
-    def by_drawing(path: str | None, *options: Any) -> tuple[Any, ...]:
-        return by_file(lambda: read_drawing(path), *options)
+    def by_drawing(file: bytes | None, *options: Any) -> tuple[Any, ...]:
+        return by_file(lambda: read_drawing(file), *options)
 
     def by_upload(path: str | None, *options: Any) -> tuple[Any, ...]:
         return by_file(lambda: Picture(page.read_upload(path), os.path.basename(path)) if path else None, *options)
@@ -275,8 +295,8 @@ def build(index: SearchIndex) -> gradio.Blocks:
                         height=CANVAS + 80,
                         elem_id="draw",
                     )
-                    # The file as it came: gradio would decode it, however many pixels it has.
-                    drawing.preprocess = lambda board: board.composite.path if board and board.composite else None
+                    drawing.blob_storage = _Boards()
+                    drawing.preprocess = lambda board: drawing.blob_storage.take(board)
                 with gr.Tab("Picture"):
                     upload = page.upload_box("Picture", elem_id="picture", height=CANVAS)
                     gr.Examples([[path] for path in page.demo_pictures()], [upload], examples_per_page=24)
