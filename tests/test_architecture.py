@@ -116,7 +116,7 @@ def test_the_way_in_is_for_others(name):
 
 
 def test_a_dozen_rooms():
-    """The issue that asked for the house says a dozen entries and lists sixteen; so rooms and files are counted apart."""
+    """A dozen of each: rooms, and files beside them."""
     entries = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
     rooms = [path.name for path in entries if path.is_dir()]
     assert len(rooms) <= MOST_ROOMS, rooms

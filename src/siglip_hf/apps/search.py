@@ -229,7 +229,8 @@ def read_drawing(file: bytes | None) -> Picture | None:
         PictureError: if it is no picture, or larger than a board can be.
     """
     drawn = page.read_upload(file, MOST_DRAWN) if file else None
-    if drawn is None or all(low == 255 for low, _ in drawn.getextrema()):
+    extrema: Any = drawn.getextrema() if drawn else ()  # a pair for each channel
+    if drawn is None or all(low == 255 for low, _ in extrema):
         return None
     return Picture(drawn, "your drawing")
 

@@ -422,11 +422,11 @@ def _rows(path: Path) -> Iterator[dict[str, Any] | str]:
     else:
         for number, line in enumerate(text_lines(text), 1):
             try:
-                row = parse_json(line) if line.strip() else None
+                entry: Any = parse_json(line) if line.strip() else None
             except ValueError as error:
-                row = f"line {number} is not JSON: {error}"
-            if row is not None:
-                yield row if isinstance(row, dict | str) else f"line {number} must hold an object, a row each"
+                entry = f"line {number} is not JSON: {error}"
+            if entry is not None:
+                yield entry if isinstance(entry, dict | str) else f"line {number} must hold an object, a row each"
 
 
 def _place(value: Any, folder: Path) -> str | None:

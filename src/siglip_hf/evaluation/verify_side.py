@@ -6,6 +6,7 @@ nothing of this package is imported, so that transformers loads its own classes 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import statistics
@@ -63,7 +64,7 @@ def run(request: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         with torch.no_grad():
             outputs = model(**inputs)
             if "forward" not in seconds:
-                seconds["forward"] = median_seconds(lambda inputs=inputs: model(**inputs), request["device"])
+                seconds["forward"] = median_seconds(functools.partial(model, **inputs), request["device"])
         for name in ("image_embeds", "text_embeds", "logits_per_image"):
             tensors[f"{case}/{name}"] = outputs[name].float().cpu()
     on_gpu = request["device"].startswith("cuda")

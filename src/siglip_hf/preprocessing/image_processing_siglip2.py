@@ -121,7 +121,7 @@ class Siglip2ImageProcessorBase(SiglipImageProcessorBase):
             )
         super()._validate_preprocess_kwargs(**kwargs)
 
-    def _result_pixels(self, **kwargs: Any) -> int:
+    def _result_pixels(self, size: Any = None, **kwargs: Any) -> int:
         return kwargs["patch_size"] ** 2 * largest_budget(kwargs["max_num_patches"])
 
     def _prepare_image_like_inputs(  # type: ignore[override]

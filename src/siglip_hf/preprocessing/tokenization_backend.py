@@ -87,7 +87,7 @@ class StatelessTokenization(SiglipTokenization, TokenizersBackend):
     def _backend(self, split_special_tokens: bool | None) -> Tokenizer:
         """Returns the Rust object that does, or does not, read special tokens as text."""
         split = self.split_special_tokens if split_special_tokens is None else split_special_tokens
-        backend = self._tokenizer
+        backend: Any = self._tokenizer
         if backend.encode_special_tokens != split:
             with _MAKING:
                 if self._splitting is None:
@@ -244,7 +244,8 @@ class StatelessTokenization(SiglipTokenization, TokenizersBackend):
 
     def _number_added(self, parts: list[Encoding]) -> int:
         """Returns how many special tokens `_end` adds."""
-        return self._tokenizer.num_special_tokens_to_add(len(parts) == 2)
+        backend: Any = self._tokenizer
+        return backend.num_special_tokens_to_add(len(parts) == 2)
 
     def _kept(self, lengths: list[int], excess: int, strategy: TruncationStrategy) -> list[int]:
         """Returns the lengths of one or two sequences that together lose `excess` tokens, as the Rust library cuts."""
