@@ -459,6 +459,7 @@ class TestSearch:
         assert board.preprocess(board.data_model(id="id99")) == b"composite 99"
         assert board.preprocess(board.data_model(id="id99")) is None
         assert board.preprocess(board.data_model(id="id0")) is None
+        assert board.preprocess(board.data_model(composite={"path": "/up/load.png"})) == "/up/load.png"
         assert board.preprocess(None) is board.preprocess(board.data_model()) is None
 
     @pytest.mark.parametrize(

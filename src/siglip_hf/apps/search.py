@@ -213,17 +213,24 @@ class _Boards(dict[str, Any]):
         for old in list(self)[: -self.MOST]:
             self.pop(old, None)
 
-    def take(self, value: Any) -> bytes | None:
-        """The file of a board, undecoded, given what an event says of it; it is kept no longer."""
-        board = self.pop(value.id, None) if value and value.id else None
-        return board.composite if board else None
+    def take(self, value: Any) -> bytes | str | None:
+        """The file of a board, undecoded, given what an event says of it; it is kept no longer.
+
+        The browser sends an id of what it put here, or, for an event that follows closely, the path of an upload.
+        """
+        if value is None:
+            return None
+        if value.id:
+            board = self.pop(value.id, None)
+            return board.composite if board else None
+        return value.composite.path if value.composite else None
 
 
-def read_drawing(file: bytes | None) -> Picture | None:
+def read_drawing(file: bytes | str | None) -> Picture | None:
     """What was drawn, or None if the board is empty.
 
     Args:
-        file: the picture of the board, as the browser sends it.
+        file: the picture of the board as the browser sends it, or the path of it.
 
     Raises:
         PictureError: if it is no picture, or larger than a board can be.
@@ -254,7 +261,7 @@ def build(index: SearchIndex) -> gradio.Blocks:
             return None, [], page.problem(error), []
         return show(picture, *options)
 
-    def by_drawing(file: bytes | None, *options: Any) -> tuple[Any, ...]:
+    def by_drawing(file: bytes | str | None, *options: Any) -> tuple[Any, ...]:
         return by_file(lambda: read_drawing(file), *options)
 
     def by_upload(path: str | None, *options: Any) -> tuple[Any, ...]:
