@@ -134,6 +134,14 @@ def test_outputs_have_one_name(run, command):
     assert " OUT " not in out.partition("Options")[0]
 
 
+@pytest.mark.parametrize("words", [["--output", "{}"], ["--output={}"], ["--out", "{}"], ["-o", "{}"]])
+def test_train_takes_the_old_word_for_its_output(run, words, monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr("siglip_hf.training.run.run_training", lambda settings, **_: seen.append(settings.output))
+    assert run("train", str(tmp_path), *(word.format("there") for word in words))[0] == 0
+    assert seen == ["there"]
+
+
 @pytest.mark.parametrize("command", ["convert", "export"])
 def test_the_old_place_of_the_output_still_works(run, command, monkeypatch, tmp_path):
     written = []

@@ -11,6 +11,7 @@ import errno
 import io
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -121,7 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command line (that of the process if None) and returns its exit code."""
     line = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in line
-    line = [word for word in line if word != "--debug"]
+    # `--output` was the word of version 0.1.
+    line = [re.sub(r"^--output(?==|$)", "--out", word) for word in line if word != "--debug"]
     command = next((word for word in line if not word.startswith("-")), "")
     _let_every_character_through()
     try:

@@ -37,9 +37,7 @@ class TrainSettings:
             metavar="DATA", help="A folder, a table, tar shards or a saved dataset: pictures with captions."
         ),
     ]
-    output: Annotated[
-        str, typer.Option("--out", "-o", "--output", help="Folder of the run. Run again, it goes on where it was.")
-    ]
+    output: Annotated[str, typer.Option("--out", "-o", help="Folder of the run. Run again, it goes on where it was.")]
     model: Annotated[str | None, _option("A checkpoint; without it the embedded one.")] = None
     eval_data: Annotated[list[str], _option("Pictures on which recall is measured.")] = field(default_factory=list)
     hold_out: Annotated[int, _option("So many pictures of DATA are kept to measure recall.")] = 0
