@@ -105,8 +105,8 @@ checkpoint: $(DEV) ## make both embedded checkpoints from nothing; MINUTES=240 o
 	$(PIP) -e ".[data]"
 	$(BIN)/python scripts/checkpoints/make_checkpoint.py --minutes $(MINUTES) --device $(DEVICE)
 
-docs: $(DEV) ## build the documentation into site/ and check its links
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+docs: $(DEV) ## build the documentation into site/, run its notebooks and check its links
+	RUN_NOTEBOOKS=1 NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	$(BIN)/python scripts/docs/check_links.py site
 
 clean: ## remove what the other targets made

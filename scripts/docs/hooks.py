@@ -5,10 +5,14 @@ of `name.md`, a line `<!-- table: 1 -->` for that page's first table (measuremen
 the line stands a copy of that part, up to a line `<!-- /code -->`, so that the page can be read in the repository too;
 `python scripts/docs/hooks.py` writes all copies anew. Headings take the English ones' anchors, so that a link works in
 both languages.
+
+Formulas are LaTeX in the pages: `$x$` within a line, a fenced block of the language `math` on lines of their own. Both
+become MathML here, which browsers draw without a script.
 """
 
 from __future__ import annotations
 
+import html
 import re
 import textwrap
 from dataclasses import dataclass
@@ -16,8 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import markdown
+from latex2mathml.converter import convert
 
 KOREAN = ".ko.md"
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
 INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 FENCE = re.compile(r"^(?P<indent> *)```[^\n]*\n.*?^(?P=indent)```$", re.DOTALL | re.MULTILINE)
 TABLE = re.compile(r"(?:^\|[^\n]*\n)+", re.MULTILINE)
@@ -143,6 +149,22 @@ def on_page_markdown(text: str, *, page: Any, **_: Any) -> str:
         return translated(text, english)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def with_formulas(page: str) -> str:
+    """A page in HTML with its LaTeX, as pymdownx.arithmatex marks it, turned into MathML."""
+
+    def draw(match: re.Match[str]) -> str:
+        block = match[1] == "div"
+        formula = convert(html.unescape(match[2]).strip(), display="block" if block else "inline")
+        return f'<div class="formula">{formula}</div>' if block else formula
+
+    return FORMULA.sub(draw, page)
+
+
+def on_page_content(text: str, **_: Any) -> str:
+    """Called by mkdocs with each page's HTML."""
+    return with_formulas(text)
 
 
 def main() -> None:

@@ -64,6 +64,22 @@ def test_the_reference_shows_docstrings(build):
     assert "L2" in (build[1] / "api" / "training" / "index.html").read_text()
 
 
+def test_formulas_are_drawn_by_the_browser_alone(build):
+    for page in ("how_it_works", "ko/how_it_works"):
+        text = (build[1] / page / "index.html").read_text()
+        assert text.count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == 3
+        assert "arithmatex" not in text.partition("<article")[2].partition("</article")[0]
+
+
+def test_notebooks_are_pages(build):
+    for path in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
+        page = (build[1] / "notebooks" / path.stem / "index.html").read_text()
+        assert f"{path.name}" in page
+        assert "import siglip_hf" in re.sub("<[^>]+>", "", page)
+    listed = (build[1] / "notebooks" / "index.html").read_text()
+    assert 'href="zero_shot_labels/"' in listed
+
+
 def test_broken_links_are_found(tmp_path):
     (tmp_path / "sub").mkdir()
     (tmp_path / "index.html").write_text(
