@@ -254,7 +254,11 @@ def test_the_demo_is_one_table_with_the_verdict_a_search_the_sheet_and_what_come
     assert rocket.split()[1:3] == ["rocket", "rocket"]
     assert sum(line.split(" ")[0].endswith(".png") for line in lines) == 24
     (verdict,) = [line for line in lines if "best labels are right" in line]
-    assert verdict.startswith(("17 of 24", "18 of 24"))
+    card = (Path(siglip_hf.default_checkpoint()) / "README.md").read_text(encoding="utf-8")
+    (right,) = re.findall(r"(\d+) get the right one", card)
+    # The card's figure is that of float32; bfloat16 may turn one answer.
+    assert abs(int(verdict.split()[0]) - int(right)) <= 1
+    assert "with the default template" in verdict
     assert any(line.strip().startswith("une fusée: rocket.png") for line in lines)
     assert f"contact sheet: {tmp_path / 'sheet.png'}" in out
     assert (tmp_path / "sheet.png").stat().st_size > 10_000

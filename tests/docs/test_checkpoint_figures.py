@@ -9,11 +9,71 @@ import pytest
 
 import siglip_hf
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "scripts").rglob("*.md"), *DOCS.rglob("*.ipynb")])
+PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]
+# Words of a line that gives a figure of an embedded checkpoint.
+MEASURE = re.compile(r"FxEmoji|OpenMoji|10-way|10지선다|(?:un)?seen concepts|plain concepts|scripted|sketches|스케치")
+# "18 of 24", and so on; a share of the demo's pictures.
+SHARE = re.compile(r"\b(\d+)(?: of |/)24\b|\b24(?:장|개) (?:가운데|중) (\d+)|\b24 drawings, (\d+)")
+PERCENT = re.compile(r"\b(\d+(?:\.\d+)?)%|\| (\d+\.\d+) (?=\|)")
 
 
 def card(folder: str) -> str:
     return (Path(folder) / "README.md").read_text(encoding="utf-8")
+
+
+def cards() -> str:
+    return card(siglip_hf.default_checkpoint()) + card(siglip_hf.naflex_checkpoint())
+
+
+def shares(text: str) -> set[str]:
+    """Numbers of the demo's 24 pictures that a page calls right."""
+    return {number for found in SHARE.findall(text) for number in found if number}
+
+
+def percents(text: str) -> set[str]:
+    """Percentages in the lines of a page that speak of what the cards measure; of a table's row, the first one."""
+    found = set()
+    for line in text.splitlines():
+        if MEASURE.search(line):
+            numbers = [a or b for a, b in PERCENT.findall(line)]
+            found |= set(numbers[:1] if line.startswith("|") else numbers)
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_figures_are_the_cards(page):
+    text = page.read_text(encoding="utf-8")
+    right = re.search(r"Of the demo's 24 pictures.*?(\d+) get the right one", cards(), re.DOTALL)
+    assert right is not None
+    assert shares(text) <= {right[1], "24"}, "the card has another share of the demo's pictures"
+    known = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", cards())]
+    for shown in percents(text):
+        digits = len(shown.partition(".")[2])
+        # Half a unit of the last digit shown, and a little for rounding twice.
+        assert any(abs(float(shown) - value) <= 0.51 * 10**-digits for value in known), f"no card has {shown}%"
+
+
+def test_old_figures_are_found():
+    page = "17 of 24\n그림 24장 가운데 16장\n| FxEmoji: 10-way | 93.4 | 92.1 |\nsketches: 71.5% of them\n12% else\n"
+    assert shares(page) == {"17", "16"}
+    assert percents(page) == {"93.4", "71.5"}
+
+
+def test_sizes_are_the_cards():
+    square, naflex = (
+        re.search(r"([\d.]+) million parameters \(([\d.]+) MB", card(folder))
+        for folder in (siglip_hf.default_checkpoint(), siglip_hf.naflex_checkpoint())
+    )
+    assert square is not None
+    assert naflex is not None
+    for page in ("README.md", "README.ko.md"):
+        (row,) = re.findall(r"^\| `siglip_hf\.default_checkpoint\(\)`.*", (ROOT / page).read_text(), re.MULTILINE)
+        assert f"| {float(square[1]):.0f} M |" in row
+    for page in ("siglip2.md", "siglip2.ko.md"):
+        assert {naflex[1], naflex[2]} <= set(re.findall(r"\d+\.\d+", (DOCS / page).read_text()))
 
 
 def test_naflex_table_is_the_cards():

@@ -53,9 +53,9 @@ def demo(
         )
         answers = _search(files)
     hits, judged = accuracy(results)
-    verdict = f"{hits} of {judged} best labels are right ({hits / judged:.1%})"
+    verdict = f"{hits} of {judged} best labels are right ({hits / judged:.1%}), with the default template"
     _print_table(results)
-    print(f"{verdict} of {len(set(truth.values()))}; shares are softmax, in bfloat16 where the CPU has it")
+    print(f"{verdict}; shares are softmax, in bfloat16 where the CPU has it")
     print("\nSearch by words:")
     for query, names in answers.items():
         print(f"  {query}: {', '.join(names)}")
