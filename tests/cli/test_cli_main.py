@@ -246,7 +246,7 @@ def test_the_note_about_the_embedded_checkpoint_is_printed_once_and_only_without
 
 
 def test_the_demo_is_one_table_with_the_verdict_a_search_the_sheet_and_what_comes_next(run, tmp_path):
-    code, out, err = run("demo", "--out", str(tmp_path / "sheet.png"))
+    code, out, err = run("demo", "--out", str(tmp_path / "sheet.png"), "--pictures", str(tmp_path / "copies"))
     assert (code, err) == (0, "")
     lines = out.splitlines()
     assert len(lines) < 45
@@ -262,7 +262,14 @@ def test_the_demo_is_one_table_with_the_verdict_a_search_the_sheet_and_what_come
     assert any(line.strip().startswith("une fusée: rocket.png") for line in lines)
     assert f"contact sheet: {tmp_path / 'sheet.png'}" in out
     assert (tmp_path / "sheet.png").stat().st_size > 10_000
+    assert {path.name for path in (tmp_path / "copies").iterdir()} == {path.name for path in demo_folder().iterdir()}
+    assert f"pictures: {tmp_path / 'copies'}" in out
     assert sum(line.startswith("  siglip-hf ") for line in lines) == 3
+    copies = tmp_path / "drawings"
+    copies.mkdir()
+    code, out, err = run("demo", "--out", str(tmp_path / "second.png"), "--pictures", str(copies))
+    assert (code, out) == (2, "")
+    assert "it is there already" in err
     code, out, err = run("demo", "--out", str(tmp_path / "no folder" / "sheet.png"))
     assert (code, out) == (2, "")
     assert "there is no folder" in err

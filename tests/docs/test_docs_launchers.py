@@ -43,7 +43,7 @@ def at_small_scale(command, folder):
     # which `accelerate` imports, fail where timm is without torchvision, as it is for our benchmarks.
     launch = f"{sys.executable} -m accelerate.commands.launch --multi_gpu --main_process_port {port}"
     command = command.replace("accelerate launch", launch)
-    command = command.replace("train photos", f"train {folder / 'photos'}")
+    command = command.replace("train drawings", f"train {folder / 'drawings'}")
     command = command.replace("--out tuned", f"--out {folder / 'tuned'}")
     assert str(folder / "tuned") in command
     words = [str(PROGRAMS / word) if (PROGRAMS / word).is_file() else word for word in shlex.split(command)]
@@ -59,16 +59,16 @@ def test_the_page_names_each_way_to_start():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("launched")
-    write_captioned(folder / "photos", count=8)
+    write_captioned(folder / "drawings", count=8)
     write_tiny_checkpoint(folder / "tiny")
     options = ["--model", str(folder / "tiny"), *SMALL]
-    assert main(["train", str(folder / "photos"), "--out", str(folder / "alone"), *options]) == 0
+    assert main(["train", str(folder / "drawings"), "--out", str(folder / "alone"), *options]) == 0
     return folder
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_it_trains_as_one_process_does(command, folder, tmp_path):
-    for name in ("photos", "tiny"):
+    for name in ("drawings", "tiny"):
         (tmp_path / name).symlink_to(folder / name)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     started = [

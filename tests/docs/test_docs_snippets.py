@@ -201,6 +201,27 @@ def test_page_runs(page, tmp_path, monkeypatch, capsys):
         page.write_text(text)
 
 
+EMBEDDED = re.compile(r"(embedded checkpoint|checkpoint (that lies )?in the package)")
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in WITH_CODE if page.name != "CONTRIBUTING.md"], ids=lambda page: page.stem
+)
+def test_page_says_that_it_runs_the_embedded_checkpoint(page):
+    code = "\n".join(block.code for block in blocks(page))
+    takes_a_model = r"siglip-hf (classify|embed|index|evaluate|train|app search|app compare)\b(?!.*--model)"
+    if "_checkpoint()" in code or re.search(takes_a_model, code):
+        assert EMBEDDED.search(" ".join(page.read_text().split()))
+
+
+def test_folders_are_called_by_what_the_embedded_checkpoint_knows():
+    for page in WITH_CODE:
+        for block in blocks(page):
+            for line in block.code.splitlines():
+                if line.startswith("siglip-hf ") and "photos" in line:
+                    assert "google/siglip" in line or "--onnx" in line, f"{page.name}: {line}"
+
+
 def test_pages_with_code_are_found():
     names = {page.stem for page in WITH_CODE}
     assert {"README", "converting", "export", "lora", "quantization", "sharding", "vision_language_models"} <= names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,10 +27,14 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="The contact sheet, a picture file.")] = Path(
         "siglip-hf-demo.png"
     ),
+    pictures: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Copy the pictures into this new folder too, to try the other commands on."),
+    ] = None,
 ) -> int:
     """Label and search the pictures that come with the package, and draw them with their labels on a sheet.
 
-    They are of a style that the embedded checkpoint has never seen. No network, no file but the sheet.
+    They are of a style that the embedded checkpoint has never seen. No network, no file but the sheet and the copies.
     """
     from siglip_hf import default_checkpoint
     from siglip_hf.apps.page import demo_folder, demo_pictures
@@ -37,6 +42,10 @@ def demo(
     from siglip_hf.inference.classify import accuracy, classify_files, load_classifier, read_truth_file
 
     check_sheet(out, "--out")
+    if pictures is not None:
+        if pictures.exists():
+            raise ValueError(f"--pictures {pictures}: it is there already; name a new folder")
+        shutil.copytree(demo_folder(), pictures)
     truth = read_truth_file(demo_folder() / "labels.json")
     files = sorted(demo_pictures())
     with no_library_progress(), progress_bar() as progress:
@@ -61,6 +70,8 @@ def demo(
         print(f"  {query}: {', '.join(names)}")
     draw_sheet(results, out, verdict)
     print(f"\ncontact sheet: {out}")
+    if pictures is not None:
+        print(f"pictures: {pictures}")
     print(_NEXT)
     return 0
 

@@ -36,7 +36,7 @@ from siglip_hf.cli.verify import verify
 
 # Commands with the examples under their --help.
 _COMMANDS = (
-    (demo, ("siglip-hf demo", "siglip-hf demo --out sheet.png")),
+    (demo, ("siglip-hf demo", "siglip-hf demo --pictures drawings --out sheet.png")),
     (
         classify,
         (
