@@ -3,6 +3,7 @@
 from siglip_hf._version import __version__ as __version__
 from siglip_hf.data.embedder import SiglipEmbedder as SiglipEmbedder
 from siglip_hf.evaluation.verify import verify as verify
+from siglip_hf.inference.learned import load_head as load_head
 from siglip_hf.inference.optimize.optimization import optimize as optimize
 from siglip_hf.inference.pooling_map import pooling_attention as pooling_attention
 from siglip_hf.integrations.big_vision import convert_big_vision as convert_big_vision
@@ -42,3 +43,4 @@ from siglip_hf.preprocessing.tokenization_siglip import SiglipTokenizer as Sigli
 from siglip_hf.preprocessing.tokenization_siglip2 import Siglip2Tokenizer as Siglip2Tokenizer
 from siglip_hf.preprocessing.tokenization_siglip_fast import SiglipTokenizerFast as SiglipTokenizerFast
 from siglip_hf.search.query import SearchIndex as SearchIndex
+from siglip_hf.training.learn import learn as learn

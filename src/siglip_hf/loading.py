@@ -93,6 +93,40 @@ def load_processor(name: str | os.PathLike[str], model: Any, *, fast_pictures: b
     return processor
 
 
+def load_image_classifier(name: str | os.PathLike[str]) -> tuple[Any, Any]:
+    """Loads a vision tower with a classifier and its image processor, as `siglip_hf.learn` or a fine-tuning saved them.
+
+    Args:
+        name: Name or folder of the checkpoint.
+
+    Returns:
+        The `SiglipForImageClassification` or `Siglip2ForImageClassification`, on the CPU and in evaluation mode, and
+        the image processor.
+
+    Raises:
+        ValueError: If there is no such checkpoint, its files cannot be read, or it is no SigLIP with a classifier.
+    """
+    from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+    from siglip_hf.models.modeling_siglip import SiglipForImageClassification
+
+    name = os.fspath(name)
+    model, info = from_checkpoint(AutoModelForImageClassification, name, output_loading_info=True)
+    if not isinstance(model, SiglipForImageClassification) or model.num_labels < 1:
+        raise ValueError(f"cannot load {name!r}: it is a {type(model).__name__}, not a SigLIP with a classifier.")
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(
+            f"cannot load {name!r} as a classifier: its files lack {missing[0]}; make one with `siglip-hf learn`."
+        )
+    _check_weights(name, model)
+    processor = from_checkpoint(AutoImageProcessor, name)
+    try:
+        _check_pixel_scaling(processor)
+    except ValueError as error:
+        raise ValueError(f"cannot load {name!r}: {error}") from error
+    return model.eval(), processor
+
+
 def from_checkpoint(auto_class: Any, name: str | os.PathLike[str], **kwargs: Any) -> Any:
     """Calls `from_pretrained` of an Auto class or any other, with this package's classes registered.
 

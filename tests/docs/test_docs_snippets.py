@@ -47,6 +47,7 @@ NEEDS = {
     "README": ["faiss"],
     "evaluation": ["matplotlib"],
     "export": ["onnx", "onnxscript", "onnxruntime"],
+    "learn": ["pyarrow", "sklearn"],
     "lora": ["bitsandbytes", "peft"],
     "quantization": ["bitsandbytes", "torchao"],
     "search": ["datasets", "faiss"],
@@ -104,6 +105,12 @@ def set_the_scene(page: Path, folder: Path) -> Callable[[str], str]:
         shutil.copy(file, folder)
     for name, size in (("panorama.png", (240, 60)), ("page.png", (120, 170)), ("thumbnail.png", (40, 40))):
         Image.open(PICTURES / "cat.png").resize(size).save(folder / name)
+    if " classes/" in text:
+        for kind in ("cat", "dog", "rocket"):
+            (folder / "classes" / kind).mkdir(parents=True)
+            for turn in (-12, -4, 4, 12):
+                picture = Image.open(PICTURES / f"{kind}.png").convert("RGBA").rotate(turn)
+                picture.save(folder / "classes" / kind / f"{turn}.png")
     if re.search(r"google/siglip[\w-]*naflex", text):
         write_naflex(folder / "naflex")
     if ".npz" in text:

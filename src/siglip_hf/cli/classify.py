@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from siglip_hf.inference.classify import Classified
 
 
+# How the scores of a label are printed, in their order.
+_FORMATS = {"cosine": ".3f", "logit": ".2f", "sigmoid": ".2%", "softmax": ".1%", "probability": ".1%"}
+
+
 def classify(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Files, folders (with all below), globs, URLs.")],
     labels: Annotated[str | None, typer.Option(help='Labels, as "a cat, a dog".')] = None,
@@ -34,6 +38,9 @@ def classify(
     onnx: Annotated[
         Path | None, typer.Option(help="A folder made by `siglip-hf export`, run by ONNX Runtime; instead of --model.")
     ] = None,
+    head: Annotated[
+        Path | None, typer.Option(help="A folder made by `siglip-hf learn`: its classes, and no labels to pass.")
+    ] = None,
     template: Annotated[
         list[str] | None, typer.Option(help="Text with {} for the label; given several times, they are averaged.")
     ] = None,
@@ -43,7 +50,8 @@ def classify(
         typer.Option(
             "--json",
             help="Print one JSON array, an object per picture: source, labels (label, cosine, logit, sigmoid, softmax; "
-            "best first) or error, and truth where it is known.",
+            "best first) or error, and truth where it is known. With --head: labels (label, probability), unknown, "
+            "similarity.",
         ),
     ] = False,
     sheet: Annotated[Path | None, typer.Option(help="Draw a contact sheet into this picture file.")] = None,
@@ -66,27 +74,35 @@ def classify(
 
     cosine: the bare similarity. logit: cosine x temperature + bias.
     sigmoid: the probability that the label fits, each on its own. softmax: its share among these labels.
+    With --head, the probability of each class that was learned, and "unknown" for what is like none of them.
     """
     from siglip_hf import default_checkpoint
     from siglip_hf.data.sources import find_pictures
     from siglip_hf.inference.classify import (
         accuracy,
         classify_files,
+        classify_with_head,
         load_classifier,
         read_labels_file,
         read_truth_file,
     )
     from siglip_hf.inference.label_bank import parse_labels, parse_templates
+    from siglip_hf.inference.learned import load_head
 
     if onnx is not None and (other := "--model" if model else "--device" if device else None):
         raise ValueError(f"{other} and --onnx are both given; pass one of them.")
+    for name, value in {"--model": model, "--onnx": onnx, "--labels": labels, "--labels-file": labels_file}.items():
+        if head is not None and value is not None:
+            raise ValueError(f"{name} and --head are both given; a head has its own tower and its own classes.")
+    if head is not None and template:
+        raise ValueError("--template and --head are both given; a head compares with pictures, not with texts.")
     right = read_truth_file(truth) if truth else None
     given = [value for value in (labels, read_labels_file(labels_file) if labels_file else None) if value is not None]
     if len(given) > 1:
         raise ValueError("--labels and --labels-file are both given; pass one of them.")
-    if not given and right is None:
+    if not given and right is None and head is None:
         raise ValueError('no labels: pass --labels "a cat, a dog" or --labels-file FILE.')
-    candidates = parse_labels(given[0] if given else (right or {}).values())
+    candidates = parse_labels(given[0] if given else (right or {}).values()) if head is None else ()
     templates = parse_templates(template) if template else None
     sources = find_pictures(images)
     if sheet is not None:
@@ -94,24 +110,26 @@ def classify(
 
     with largest_picture(max_pixels), no_library_progress(), progress_bar() as progress:
         task = progress.add_task("loading the model", total=None)
-        if onnx is not None:
-            from siglip_hf.integrations.onnx import onnx_classifier
-
-            classifier = onnx_classifier(onnx)
+        common: dict[str, Any] = {
+            "top_k": top,
+            "truth": right,
+            "batch_size": batch_size,
+            "on_progress": lambda done: progress.advance(task, done),
+        }
+        if head is not None:
+            learned = load_head(head, device=device, fast=fast)
+            progress.update(task, description="classifying", total=len(sources))
+            results = classify_with_head(learned, sources, **common)
         else:
-            classifier = load_classifier(model or default_checkpoint(), device, fast)
-            embedded_note(model)()
-        progress.update(task, description="classifying", total=len(sources))
-        results = classify_files(
-            classifier,
-            sources,
-            candidates,
-            templates=templates,
-            top_k=top,
-            truth=right,
-            batch_size=batch_size,
-            on_progress=lambda done: progress.advance(task, done),
-        )
+            if onnx is not None:
+                from siglip_hf.integrations.onnx import onnx_classifier
+
+                classifier = onnx_classifier(onnx)
+            else:
+                classifier = load_classifier(model or default_checkpoint(), device, fast)
+                embedded_note(model)()
+            progress.update(task, description="classifying", total=len(sources))
+            results = classify_files(classifier, sources, candidates, templates=templates, **common)
 
     hits, judged = accuracy(results)
     summary = f"{hits} of {judged} best labels are right ({hits / judged:.1%})" if judged else ""
@@ -141,17 +159,17 @@ def _print_tables(results: list[Classified]) -> None:
         if not result.labels:
             continue
         title = result.source if result.truth is None else f"{result.source} ({result.truth})"
+        if result.unknown:
+            title += ": unknown"
         table = Table(title=escape(title), title_justify="left", title_style="bold")
         table.add_column("label", min_width=20)
-        for name in ("cosine", "logit", "sigmoid", "softmax"):
+        for name in [name for name in _FORMATS if name in result.labels[0]]:
             table.add_column(name, justify="right", min_width=8)
         for row in result.labels:
             label = escape(row["label"])
             if row["label"] == result.truth:
                 label = f"[green]{label}[/green]"
-            table.add_row(
-                label, f"{row['cosine']:.3f}", f"{row['logit']:.2f}", f"{row['sigmoid']:.2%}", f"{row['softmax']:.1%}"
-            )
+            table.add_row(label, *(f"{row[name]:{form}}" for name, form in _FORMATS.items() if name in row))
         out.print(table)
 
 
@@ -172,7 +190,7 @@ def draw_sheet(results: list[Classified], path: Path, summary: str) -> None:
         Card(
             load_picture(result.source, draft_to=400),
             result.truth or Path(result.source).name,
-            [(row["label"], row["softmax"]) for row in result.labels[:3]],
+            [(row["label"], row.get("softmax", row.get("probability"))) for row in result.labels[:3]],
             result.truth,
         )
         for result in results

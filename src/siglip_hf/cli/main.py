@@ -30,6 +30,7 @@ from siglip_hf.cli.duplicates import duplicates
 from siglip_hf.cli.embed import embed
 from siglip_hf.cli.evaluate import evaluate
 from siglip_hf.cli.index import index
+from siglip_hf.cli.learn import learn
 from siglip_hf.cli.search import search
 from siglip_hf.cli.train import train
 from siglip_hf.cli.verify import verify
@@ -72,6 +73,13 @@ _COMMANDS = (
         ),
     ),
     (
+        learn,
+        (
+            "siglip-hf learn classes/ --out mine",
+            "siglip-hf learn table.csv --label-column kind --out mine --model google/siglip2-base-patch16-224",
+        ),
+    ),
+    (
         train,
         (
             "siglip-hf train captions.csv --out tuned --epochs 3",
@@ -104,7 +112,7 @@ _COMMANDS = (
 )
 
 # Commands that go on where they were stopped, if they are called again.
-_RESUMABLE = ("embed", "index", "train")
+_RESUMABLE = ("embed", "index", "learn", "train")
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 

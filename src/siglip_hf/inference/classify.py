@@ -1,4 +1,4 @@
-"""Zero-shot labels for many picture files: finds them, scores them in batches, and goes on past the broken ones."""
+"""Labels for many picture files, zero-shot or learned: scores them in batches, and goes on past the broken ones."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from siglip_hf.files import parse_json, text_lines
+from siglip_hf.inference.learned import HeadClassifier
 from siglip_hf.inference.optimize.optimization import optimize
 from siglip_hf.inference.pipeline import SiglipZeroShotImageClassificationPipeline
 from siglip_hf.loading import load_checkpoint, pick_device
@@ -24,20 +25,24 @@ class Classified:
 
     Attributes:
         source: its path or URL.
-        labels: dicts with `label`, `cosine`, `logit`, `sigmoid` and `softmax`, best first; empty if it is broken.
+        labels: dicts, best first, with `label`, `cosine`, `logit`, `sigmoid` and `softmax`, or with `label` and
+            `probability` of learned classes; empty if it is broken.
         error: what is wrong with it, or None.
         truth: its right label, if that is known.
+        unknown: whether it is like none of the learned classes; None for zero-shot labels.
+        similarity: its cosine with the nearest learned class.
     """
 
     source: str
     labels: list[dict[str, Any]] = field(default_factory=list)
     error: str | None = None
     truth: str | None = None
+    unknown: bool | None = None
+    similarity: float | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """The fields that say something, for JSON."""
-        fields = {"source": self.source, "labels": self.labels, "error": self.error, "truth": self.truth}
-        return {name: value for name, value in fields.items() if value not in (None, [])}
+        return {name: value for name, value in vars(self).items() if value not in (None, [])}
 
 
 def read_labels_file(path: str | Path) -> list[str]:
@@ -132,35 +137,76 @@ def classify_files(
     Raises:
         ValueError: for labels, templates or numbers that cannot be.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size} must be at least 1.")
     # Without a picture it only checks, so that a mistake is known before the first file is read.
     options = {"hypothesis_template": list(templates) if templates else None, "named_scores": True, "top_k": top_k}
     classifier([], labels, **options)
-    results: list[Classified] = []
-    entries = [Classified(source, truth=truth_of(source, truth)) for source in sources]
-    # Read and made small ahead, so that the towers do not wait for files and decoders.
-    pictures = prefetch(
-        entries, lambda entry: _read(classifier, entry), workers=min(batch_size, _READERS), depth=2 * batch_size
+
+    def score(pictures: list[Any]) -> list[dict[str, Any]]:
+        scored = classifier(pictures, labels, batch_size=batch_size, **options)
+        return [
+            {"labels": [{name: value for name, value in row.items() if name != "score"} for row in rows]}
+            for rows in scored
+        ]
+
+    return _in_batches(sources, classifier.preprocess, score, truth, batch_size, on_progress)
+
+
+def classify_with_head(
+    head: HeadClassifier,
+    sources: Sequence[str],
+    *,
+    top_k: int | None = None,
+    truth: Mapping[str, str] | None = None,
+    batch_size: int = 8,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[Classified]:
+    """Says which of its learned classes a head sees in pictures. A picture that cannot be read costs only itself.
+
+    Args:
+        head: as `load_head` gives it.
+        sources: paths and URLs.
+        top_k: only the best so many classes of each picture.
+        truth: right labels, by path or by file name.
+        batch_size: pictures read and scored together.
+        on_progress: called with the number of pictures just done.
+
+    Returns:
+        One entry per source, in their order.
+    """
+    return _in_batches(
+        sources, head.prepare, lambda pictures: head.score(pictures, top_k), truth, batch_size, on_progress
     )
+
+
+def _in_batches(
+    sources: Sequence[str],
+    prepare: Callable[[str], Any],
+    score: Callable[[list[Any]], list[dict[str, Any]]],
+    truth: Mapping[str, str] | None,
+    batch_size: int,
+    on_progress: Callable[[int], None],
+) -> list[Classified]:
+    """An entry per source, with the fields that `score` gives each picture that `prepare` could read."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} must be at least 1.")
+    entries = [Classified(source, truth=truth_of(source, truth)) for source in sources]
+
+    def read(entry: Classified) -> Any:
+        try:
+            return prepare(entry.source)
+        except PictureError as error:
+            entry.error = error.reason
+            return None
+
+    # Read and made small ahead, so that the towers do not wait for files and decoders.
+    pictures = prefetch(entries, read, workers=min(batch_size, _READERS), depth=2 * batch_size)
     for start in range(0, len(entries), batch_size):
         batch = entries[start : start + batch_size]
-        read = [(entry, picture) for entry, picture in zip(batch, pictures, strict=False) if picture is not None]
-        scored = classifier([picture for _, picture in read], labels, batch_size=batch_size, **options)
-        for (entry, _), scores in zip(read, scored, strict=True):
-            entry.labels = [{name: value for name, value in row.items() if name != "score"} for row in scores]
-        results += batch
+        whole = [(entry, picture) for entry, picture in zip(batch, pictures, strict=False) if picture is not None]
+        for (entry, _), fields in zip(whole, score([picture for _, picture in whole]), strict=True):
+            vars(entry).update(fields)
         on_progress(len(batch))
-    return results
-
-
-def _read(classifier: SiglipZeroShotImageClassificationPipeline, entry: Classified) -> Any:
-    """The picture of an entry as the image tower takes it, or None, with the reason in the entry."""
-    try:
-        return classifier.preprocess(entry.source)
-    except PictureError as error:
-        entry.error = error.reason
-        return None
+    return entries
 
 
 def truth_of(source: str, truth: Mapping[str, str] | None) -> str | None:

@@ -80,6 +80,11 @@ class _SiglipTowerConfig(_SiglipConfigMixin, PreTrainedConfig):
     layer_norm_eps: float = 1e-6
     attention_dropout: float | int = 0.0
 
+    # What `siglip_hf.learn` found out about the classifier on a vision tower, which then takes the embedding:
+    # `unknown_below`, the cosine with the nearest class below which a picture is of none, and the measures. Only in
+    # files that it wrote: no field, so that all others stay stock's.
+    learned_head: ClassVar[dict[str, Any] | None] = None
+
     def __post_init__(self, **kwargs):
         self._warn_of_misspelt_keys(kwargs)
         super().__post_init__(**kwargs)

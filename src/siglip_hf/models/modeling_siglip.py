@@ -24,6 +24,7 @@ from siglip_hf.models.base import SiglipPreTrainedModel
 from siglip_hf.models.configuration_siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from siglip_hf.models.embeddings import SiglipTextEmbeddings, SiglipVisionEmbeddings
 from siglip_hf.models.layers import SiglipEncoder, SiglipMLP, SiglipPoolingAttention
+from siglip_hf.models.learned_head import LearnedHead
 from siglip_hf.models.outputs import SiglipOutput, SiglipPoolingOutput
 
 logger = logging.get_logger(__name__)
@@ -415,7 +416,7 @@ class SiglipModel(SiglipPreTrainedModel):
 
 
 class SiglipForImageClassification(SiglipPreTrainedModel):
-    """The vision tower with a linear layer on the mean of its tokens."""
+    """The vision tower with a linear layer on the mean of its tokens, or with the head that `siglip_hf.learn` made."""
 
     config: SiglipConfig
     input_modalities = ["image"]  # noqa: RUF012
@@ -435,13 +436,13 @@ class SiglipForImageClassification(SiglipPreTrainedModel):
         vision_config: Any = config.vision_config if isinstance(config, SiglipConfig) else config
         self.num_labels = config.num_labels or 0
         self.vision_model = self._vision_class._from_config(vision_config)
-        if self.vision_model.use_head:
+        self.is_learned = vision_config.learned_head is not None
+        if self.vision_model.use_head and not self.is_learned:
             # Kept so that checkpoints stay complete, but not part of this model's function: without a gradient
             # distributed training would wait for it in vain.
             self.vision_model.head.requires_grad_(False)
-        self.classifier = (
-            nn.Linear(vision_config.hidden_size, self.num_labels) if self.num_labels > 0 else nn.Identity()
-        )
+        layer = LearnedHead if self.is_learned else nn.Linear
+        self.classifier = layer(vision_config.hidden_size, self.num_labels) if self.num_labels > 0 else nn.Identity()
         self.post_init()
 
     def fill_new_parameters(self) -> None:
@@ -485,9 +486,10 @@ class SiglipForImageClassification(SiglipPreTrainedModel):
         """
         self._pass_on_output_flags(kwargs)
         outputs = self.vision_model(
-            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, pool=False, **kwargs
+            pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, pool=self.is_learned, **kwargs
         )
-        return self._classify(outputs.last_hidden_state.mean(dim=1), labels, outputs)
+        features = outputs.pooler_output if self.is_learned else outputs.last_hidden_state.mean(dim=1)
+        return self._classify(features, labels, outputs)
 
     def _classify(
         self, features: torch.Tensor, labels: torch.Tensor | None, outputs: SiglipPoolingOutput

@@ -433,7 +433,7 @@ class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
 
 
 class Siglip2ForImageClassification(SiglipForImageClassification, Siglip2PreTrainedModel):
-    """The NaFlex vision tower with a linear layer on the mean of its tokens."""
+    """The NaFlex vision tower with a linear layer on the mean of its tokens, or with a head of `siglip_hf.learn`."""
 
     config: Siglip2Config
 
@@ -464,8 +464,10 @@ class Siglip2ForImageClassification(SiglipForImageClassification, Siglip2PreTrai
         """
         self._pass_on_output_flags(kwargs)
         outputs = self.vision_model(
-            pixel_values, pixel_attention_mask, spatial_shapes, pool=False, packed=packed, **kwargs
+            pixel_values, pixel_attention_mask, spatial_shapes, pool=self.is_learned, packed=packed, **kwargs
         )
+        if self.is_learned:
+            return self._classify(outputs.pooler_output, labels, outputs)
         states = outputs.last_hidden_state  # (B, N, D)
         if pixel_attention_mask is None:
             counts = spatial_shapes.prod(dim=-1, keepdim=True)  # type: ignore[union-attr]
