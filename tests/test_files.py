@@ -118,6 +118,27 @@ def test_any_flipped_bit_of_a_sealed_file_is_found(tmp_path):
             files.read_sealed_json(path)
 
 
+def test_any_flipped_bit_of_a_sealed_folder_is_found(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "a").write_bytes(b"some")
+    (tmp_path / "deep" / "b").write_bytes(b"bytes")
+    files.check_folder(tmp_path)  # not sealed yet
+    files.seal_folder(tmp_path)
+    files.check_folder(tmp_path)
+    for name in ("a", "deep/b", "checksums.json"):
+        whole = (tmp_path / name).read_bytes()
+        for place in range(0, 8 * len(whole), 7 if name == "checksums.json" else 1):
+            content = bytearray(whole)
+            content[place // 8] ^= 1 << place % 8
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match=f"{re.escape(str(tmp_path))}/(a|deep/b|checksums.json) is damaged: "):
+                files.check_folder(tmp_path)
+        (tmp_path / name).write_bytes(whole)
+    (tmp_path / "deep" / "b").unlink()
+    with pytest.raises(ValueError, match=r"deep/b is damaged: No such file"):
+        files.check_folder(tmp_path)
+
+
 def test_json_that_is_not_sealed_is_read(tmp_path):
     (tmp_path / "a").write_text(json.dumps({"a": 1}))
     assert files.read_sealed_json(tmp_path / "a") == {"a": 1}

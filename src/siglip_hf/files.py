@@ -18,6 +18,9 @@ _BLOCK = 1 << 22
 #: Bytes of the largest file that is read whole: a picture of 179 million pixels with 16 bits a channel, uncompressed.
 MOST_BYTES = 1 << 30
 
+#: In a folder of `seal_folder`: the checksums of its other files.
+CHECKSUMS_FILE = "checksums.json"
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, or the largest file allowed
 
 
@@ -87,11 +90,15 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """The text of a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        OSError: see `read_regular_file`.
+        OSError: see `read_regular_file`; it names the file.
         ValueError: naming the file, if it is not UTF-8.
     """
     try:
         return read_regular_file(path).decode("utf-8-sig")
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(f"{path} cannot be read: {error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from error
 
@@ -102,6 +109,11 @@ def text_lines(text: str) -> list[str]:
     `str.splitlines` would also split at characters that belong to a caption, such as U+2028.
     """
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says; the name of its class if it says nothing."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
 @contextmanager
@@ -197,6 +209,38 @@ def read_sealed_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         if sha256([f'{head}""{tail}'.encode()]) != checksum:
             raise ValueError("its checksum is not that of its content")
     return content
+
+
+def seal_folder(folder: str | os.PathLike[str]) -> None:
+    """Writes down the checksum of every file of a folder, by which `check_folder` finds any damage.
+
+    Raises:
+        OSError: if a file cannot be read or written.
+    """
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != CHECKSUMS_FILE)
+    sums = {path.relative_to(folder).as_posix(): sha256_of_files([path]) for path in files}
+    write_sealed_json(Path(folder, CHECKSUMS_FILE), {"files": sums})
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Makes sure that the files of a folder are as `seal_folder` found them; one that was not sealed is not verified.
+
+    Raises:
+        ValueError: naming the first file that is missing, cannot be read, or has changed.
+    """
+    file = Path(folder, CHECKSUMS_FILE)
+    if not file.exists():
+        return
+    try:
+        content = read_sealed_json(file)
+        if not isinstance(content.get("files"), dict) or "checksum" not in content:
+            raise ValueError("it does not hold checksums")
+        for name, expected in content["files"].items():
+            file = Path(folder, name)
+            if sha256_of_files([file]) != expected:
+                raise ValueError("its checksum is not that of its content")
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} is damaged: {getattr(error, 'strerror', None) or error}") from error
 
 
 def check_output_folder(folder: str | os.PathLike[str], *, overwrite: bool, marker: str) -> None:

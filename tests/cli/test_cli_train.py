@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,8 +16,9 @@ import torch
 from PIL import Image
 
 import siglip_hf
+from embed_runs import flip
 from siglip_hf.cli.main import main
-from siglip_hf.files import only_run
+from siglip_hf.files import check_folder, only_run
 from siglip_hf.training.run import run_training
 from siglip_hf.training.settings import TrainSettings
 from siglip_hf.training.trainer import SiglipTrainer
@@ -309,6 +312,54 @@ def test_killed_anywhere_it_ends_with_the_same_weights(data, checkpoint, tmp_pat
         assert losses[0] == losses[1], (point, wanted)
         assert (report.after["loss"], report.before["loss"]) == (whole.after["loss"], whole.before["loss"])
         assert sorted(path.name for path in output.iterdir()) == files, (point, wanted)
+
+
+def test_a_damaged_checkpoint_is_named_and_an_older_one_used(data, checkpoint, tmp_path, monkeypatch, capsys):
+    options = ("--steps", 4, "--save-every", 1, "--keep", 3)
+    assert train(data, tmp_path / "whole", checkpoint, *options) == 0
+    output = tmp_path / "run"
+    step = SiglipTrainer.training_step
+
+    def killed_at_the_last(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SiglipTrainer, "training_step", killed_at_the_last)
+        with pytest.raises(Killed):
+            train(data, output, checkpoint, *options)
+    newest = output / "checkpoint-3"
+    sealed = {path.name for path in newest.iterdir() if path.is_file()}
+    assert sealed >= {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+    for name in sealed:  # a bit in the middle of each file
+        content = (newest / name).read_bytes()
+        flip(newest / name, 4 * len(content))
+        with pytest.raises(ValueError, match=f"{re.escape(name)} is damaged"):
+            check_folder(newest)
+        (newest / name).write_bytes(content)
+
+    flip(newest / "optimizer.pt", 8000)
+    kept = shutil.copytree(output, tmp_path / "kept")
+    capsys.readouterr()
+    assert train(data, output, checkpoint, *options) == 0
+    printed = capsys.readouterr()
+    damage = "checkpoint-3/optimizer.pt is damaged: its checksum is not that of its content"
+    assert f"{damage}; an older checkpoint was used" in printed.err
+    assert "resumed at step 2" in printed.out
+    assert largest_difference(weights(output), weights(tmp_path / "whole")) == 0
+    assert sorted(path.name for path in output.glob("*checkpoint*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-4"]
+
+    for number in (1, 2):
+        flip(kept / f"checkpoint-{number}" / "rng_state.pth", 800)
+    assert train(data, kept, checkpoint, *options) == 2
+    line = error_of(capsys)
+    assert all(f"checkpoint-{number}/" in line for number in (1, 2, 3))
+    assert "No older checkpoint is there" in line
+    assert len(list(kept.glob("checkpoint-*"))) == 3, "nothing is removed"
+    trainer = SiglipTrainer.__new__(SiglipTrainer)
+    with pytest.raises(ValueError, match=r"checkpoint-1/rng_state.pth is damaged"):
+        trainer._load_from_checkpoint(str(kept / "checkpoint-1"))
 
 
 def test_two_runs_at_one_output(data, checkpoint, tmp_path, capsys):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from siglip_hf.cli.common import embedded_note, no_library_progress, progress_bar
+from siglip_hf.cli.common import console, embedded_note, no_library_progress, progress_bar
 from siglip_hf.training.settings import TrainSettings, read_config
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def train(**options: Any) -> int:
     if report is None:  # not the first process
         return 0
     _print_report(report, settings.output)
+    for line in report.damaged:
+        print(f"{line}; an older checkpoint was used", file=sys.stderr)
     for line in report.skipped[:_MOST_LINES]:
         print(f"skipped {line}", file=sys.stderr)
     if len(report.skipped) > _MOST_LINES:
@@ -82,11 +84,9 @@ train.__signature__ = inspect.Signature(_parameters())  # type: ignore[attr-defi
 
 
 def _print_report(report: TrainReport, output: str) -> None:
-    from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
     table = Table(title=escape(output), title_justify="left", title_style="bold")
     table.add_column("", min_width=24)
     table.add_column("before", justify="right", min_width=10)
@@ -96,7 +96,7 @@ def _print_report(report: TrainReport, output: str) -> None:
         if name.endswith(("recall_at_1", "recall_at_5")):
             words = name.replace("_recall_at_", " recall@").replace("_", " ")
             table.add_row(words, *(f"{part.get(name, float('nan')):.1%}" for part in (report.before, report.after)))
-    console.print(table)
+    console().print(table)
     done = "finished before" if report.finished_before else f"{report.seconds:.0f} s"
     resumed = f", resumed at step {report.resumed_from}" if report.resumed_from else ""
     print(f"{report.pairs} pairs, {report.steps} steps of {report.batch_size}, {done}{resumed}")

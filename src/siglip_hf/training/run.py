@@ -8,19 +8,19 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from siglip_hf.data.sources import Source, open_source
 from siglip_hf.extras import missing
-from siglip_hf.files import new_file, only_run, read_sealed_json, sha256, write_sealed_json
+from siglip_hf.files import check_folder, new_file, only_run, read_sealed_json, sha256, write_sealed_json
 from siglip_hf.integrations.peft import lora_config
 from siglip_hf.loading import load_checkpoint
+from siglip_hf.parallel import PIXELS
 from siglip_hf.training.locked import freeze, store_images
 from siglip_hf.training.pairs import check_templates, picture_key, stable_number, training_pairs
 from siglip_hf.training.settings import SCHEDULES, TrainSettings
@@ -57,6 +57,7 @@ class TrainReport:
         seconds: Of the last call.
         resumed_from: The step at which the last call began, 0 for a run in one go.
         processes: That the last call ran on.
+        damaged: Checkpoints that the last call passed over, since they were damaged, and why.
         finished_before: This call had nothing left to do.
         history: What was logged, in order.
     """
@@ -73,6 +74,7 @@ class TrainReport:
     seconds: float
     resumed_from: int
     processes: int = 1
+    damaged: list[str] = field(default_factory=list)
     finished_before: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
 
@@ -105,12 +107,12 @@ def run_training(
     plan = _plan(settings, len(source))
     identity = _identity(settings, plan, _fingerprint(source, held_out))
     _check_output(output, identity)
-    with only_run(output) if first else contextlib.nullcontext():
+    with only_run(output) if first else contextlib.nullcontext(), PIXELS.at_most(settings.max_pixels):
         if _check_output(output, identity) and first:
             write_sealed_json(output / SETTINGS_FILE, identity)
         if (output / REPORT_FILE).exists():
             return TrainReport(**{**_read(output / REPORT_FILE), "finished_before": True}) if first else None
-        last = get_last_checkpoint(str(output)) if output.is_dir() else None  # process 0 may not have made it yet
+        last, damaged = _last_checkpoint(output, remove=first)
         args = _arguments(settings, plan, last)
         evaluated = _evaluated(settings, source, held_out)
         on_progress("measuring", 0, plan.steps)
@@ -138,6 +140,7 @@ def run_training(
             seconds=time.perf_counter() - started,
             resumed_from=int(Path(last).name.partition("-")[2]) if last else 0,
             processes=args.world_size,
+            damaged=damaged,
             history=history,
         )
         _plot(pyplot, history, output / PLOT_FILE)
@@ -329,6 +332,41 @@ def _check_output(output: Path, identity: dict[str, Any]) -> bool:
     if not empty and (not output.is_dir() or any(not entry.name.startswith(".") for entry in output.iterdir())):
         raise ValueError(f"{output} is there already and no training run; give another output.")
     return True
+
+
+def _last_checkpoint(output: Path, remove: bool) -> tuple[str | None, list[str]]:
+    """The newest checkpoint of a run that is whole, and what is wrong with newer ones.
+
+    The processes of a run come to the same answer even while the first of them removes a damaged one.
+
+    Args:
+        output: The folder of the run.
+        remove: Remove the damaged ones, which would otherwise count among those to be kept.
+
+    Raises:
+        ValueError: If there are checkpoints, and none is whole; nothing is removed then.
+    """
+    damaged: dict[str, Path] = {}
+    while output.is_dir() and (last := _newest(output, damaged.values())):  # process 0 may not have made it yet
+        try:
+            check_folder(last)
+        except ValueError as error:
+            damaged[str(error)] = last
+            continue
+        for folder in damaged.values() if remove else ():
+            aside = output / f".{folder.name}"  # at once, so that no other process finds half of it
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(folder, aside)
+            shutil.rmtree(aside, ignore_errors=True)
+        return str(last), list(damaged)
+    if damaged:
+        raise ValueError(f"{'; '.join(damaged)}. No older checkpoint is there; give another output, or remove it.")
+    return None, []
+
+
+def _newest(output: Path, besides: Collection[Path]) -> Path | None:
+    found = [path for path in output.glob("checkpoint-*") if path.name[11:].isdecimal() and path not in besides]
+    return max(found, key=lambda path: int(path.name[11:]), default=None)
 
 
 def _read(path: Path) -> dict[str, Any]:

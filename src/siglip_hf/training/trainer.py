@@ -6,6 +6,7 @@ appears whole or not at all. All else is the Trainer's own.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -27,9 +28,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from siglip_hf.data.sources import Source
+from siglip_hf.files import check_folder, seal_folder
 from siglip_hf.losses.ring import control_group
 from siglip_hf.losses.sigmoid import sigmoid_loss
 from siglip_hf.models.layers import SiglipEncoderLayer
+from siglip_hf.parallel import PIXELS
 from siglip_hf.training.cached import cached_backward, embed_pairs, on_device, owner_of_scale, whole_parameter
 from siglip_hf.training.collator import PairCollator, PictureCollator
 from siglip_hf.training.locked import ImageStore
@@ -242,6 +245,7 @@ class SiglipTrainer(Trainer):
             prefetch_factor=args.dataloader_prefetch_factor,
             persistent_workers=args.dataloader_persistent_workers,
             multiprocessing_context=args.dataloader_multiprocessing_context,
+            worker_init_fn=functools.partial(_limit_pictures, PIXELS.largest),
         )
         return self.accelerator.prepare(loader)
 
@@ -457,6 +461,7 @@ class SiglipTrainer(Trainer):
             save_file(values, os.path.join(output_dir or str(self.args.output_dir), _SCALARS_FILE))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        check_folder(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         counted = Path(resume_from_checkpoint, _BROKEN_FILE)
         if counted.exists():
@@ -498,6 +503,7 @@ class SiglipTrainer(Trainer):
         if self.args.should_save:
             self.state.save_to_json(os.path.join(unfinished, name, "trainer_state.json"))
             Path(unfinished, name, _BROKEN_FILE).write_text(json.dumps(broken, ensure_ascii=False))
+            seal_folder(os.path.join(unfinished, name))
             shutil.rmtree(whole, ignore_errors=True)
             os.replace(os.path.join(unfinished, name), whole)
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -517,6 +523,11 @@ class _Draws(Dataset):
 
     def __getitem__(self, drawn: tuple[int, int]) -> Draw:
         return Draw(self.source[drawn[0]], drawn[1])
+
+
+def _limit_pictures(largest: int | None, worker: int) -> None:
+    """Sets the largest picture in a process that reads for this one; a new process does not inherit it."""
+    PIXELS.largest = largest
 
 
 def _check_locked(model: Any, store: ImageStore) -> None:
