@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import siglip_hf
@@ -16,11 +17,18 @@ from siglip_hf import (
     SiglipImageProcessorFast,
     parallel,
 )
+from siglip_hf.apps.search import read_hit
 from siglip_hf.data.embedder import SiglipEmbedder
+from siglip_hf.data.sources import Record, Source
+from siglip_hf.evaluation import verify_side
 from siglip_hf.inference.classify import classify_files, load_classifier
+from siglip_hf.inference.contact_sheet import card_picture
 from siglip_hf.parallel import PIXELS, PixelBudget
 from siglip_hf.preprocessing import image_intake
 from siglip_hf.preprocessing.image_intake import PictureError, load_picture
+from siglip_hf.training import PairCollator
+from siglip_hf.training.collator import PictureCollator
+from siglip_hf.training.pairs import Draw
 
 
 @pytest.fixture
@@ -116,6 +124,61 @@ def test_classify_and_embed_hold_few(tmp_path, budget):
     assert SiglipEmbedder(checkpoint, device="cpu", fast=False, workers=8).embed_images(paths).shape[0] == len(paths)
     assert 0 < max(budget) <= 1200
     assert PIXELS._held == 0
+
+
+@pytest.mark.parametrize("checkpoint", [siglip_hf.default_checkpoint, siglip_hf.naflex_checkpoint])
+@pytest.mark.parametrize("augment", [[], ["crop", "flip", "color"]])
+def test_training_and_evaluation_hold_few(checkpoint, augment, tmp_path, budget):
+    paths = files(tmp_path)
+    source = Source("test", [Record(path, path, ("a cat",)) for path in [*paths, "missing.png"]])
+    processor = siglip_hf.SiglipProcessor.from_pretrained(checkpoint())
+    collate = PairCollator(processor, source, augment=augment)
+    alone = [collate([Draw(record, number)]) for number, record in enumerate(source)]
+    budget.clear()
+    batch = collate([Draw(record, number) for number, record in enumerate(source)])
+    assert 0 < max(budget) <= 400, "a picture is made small before the next one is decoded"
+    for name in ("pixel_values", "input_ids", "picture_keys"):
+        assert torch.equal(batch[name], torch.cat([one[name] for one in alone]))
+    assert [name for name, _ in batch["broken"]] == ["missing.png"]
+    budget.clear()
+    batch = PictureCollator(processor)(list(enumerate(source)))
+    assert 0 < max(budget) <= 400
+    assert batch["readable"].tolist() == [True] * len(paths) + [False]
+    assert len(batch["pixel_values"]) == len(source)
+    assert PIXELS._held == 0
+
+
+def test_a_very_large_picture_is_reduced_before_it_is_augmented(tmp_path, monkeypatch):
+    monkeypatch.setattr("siglip_hf.training.collator.LARGE_PIXELS", 1000)
+    (path,) = files(tmp_path, 1)
+    Image.new("RGB", (1024, 1030), "red").save(path)
+    sizes = []
+    monkeypatch.setattr(
+        "siglip_hf.training.collator.augmented", lambda picture, *rest: sizes.append(picture.size) or picture
+    )
+    processor = siglip_hf.SiglipProcessor.from_pretrained(siglip_hf.default_checkpoint())
+    source = Source("test", [Record("a", path, ("a cat",))])
+    for augment in ([], ["flip"]):
+        PairCollator(processor, source, augment=augment)([Draw(source[0], 0)])
+    assert sizes == [(1024, 1030), (256, 258)], "4 times the 64 pixels of the tower"
+
+
+def test_sheets_and_pages_keep_pictures_small(tmp_path, budget):
+    (path,) = files(tmp_path, 1)
+    Image.new("RGB", (3000, 1000), "red").save(path)
+    assert card_picture(path).size == (200, 67)
+    assert read_hit(path).size == (2048, 683)
+    assert read_hit(path, 100).size == (100, 33)
+    assert budget == [3_000_000] * 3
+    assert PIXELS._held == 0
+
+
+def test_verify_takes_large_pictures_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(verify_side, "HELD_PIXELS", 1000)
+    paths = files(tmp_path, 6)
+    assert verify_side.few_pixels(paths) == [paths[:2], paths[2:4], paths[4:]]
+    monkeypatch.setattr(verify_side, "HELD_PIXELS", 399)
+    assert verify_side.few_pixels(paths) == [[path] for path in paths]
 
 
 def test_the_largest_picture_can_be_chosen(tmp_path, monkeypatch):

@@ -1,7 +1,8 @@
-"""Kills `siglip-hf embed`, `index` and `train` at random moments, runs them again, and compares the results.
+"""Stops `siglip-hf embed`, `index` and `train` at random moments, runs them again, and compares the results.
 
-Each run is a fresh process, ended by SIGKILL. After every kill of `embed` the rows on disk are counted: none may be
-lost, and the next run must do exactly those that are missing. Run: python scripts/checks/kills.py --kills 20
+Each run is a fresh process, ended by SIGKILL, SIGTERM or SIGINT; the last must be answered in one line. After every
+stop of `embed` the rows on disk are counted: none may be lost, and the next run must do exactly those that are missing.
+Run: python scripts/checks/kills.py --kills 20
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib
-import json
 import multiprocessing
+import os
 import random
+import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,8 @@ from PIL import Image
 import siglip_hf
 
 BATCH_SIZE, PART_ROWS = 4, 24  # small, so that there are many moments to be killed at
+_SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+_SECONDS = 120  # to end after a signal; more is a hang
 
 
 def main() -> None:
@@ -35,51 +41,47 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--model", help="a checkpoint; the embedded one by default")
+    parser.add_argument("--commands", nargs="+", choices=list(CHECKS), default=list(CHECKS))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         photos = write_pictures(Path(folder) / "photos", options.pictures, options.seed)
         # A copy: a checkpoint that someone replaces meanwhile would look like a broken result.
         model = str(shutil.copytree(options.model or siglip_hf.default_checkpoint(), Path(folder) / "model"))
-        for name, check in (("embed", check_embed), ("index", check_index), ("train", check_train)):
-            result = check(Path(folder), photos, options.kills, options.seed, model)
+        for name in options.commands:
+            result = CHECKS[name](Path(folder), photos, options.kills, options.seed, model)
+            signals = ", ".join(f"{result[number.name]} {number.name}" for number in dict.fromkeys(_SIGNALS))
             print(
-                f"{name}: {result['kills']} kills in {result['jobs']} jobs, each ended like an unbroken one, byte for "
-                f"byte; {result['resumed']} runs went on from rows on disk"
+                f"{name}: {result['kills']} kills ({signals}) in {result['jobs']} jobs, each ended like an unbroken "
+                f"one, byte for byte; {result['resumed']} runs went on from rows on disk"
                 + (", none lost, none done twice")
-                * (name == "embed")
+                * (name == "embed"),
+                flush=True,
             )
 
 
-def check_embed(folder: Path, photos: Path, kills: int, seed: int = 0, model: str | None = None) -> dict[str, int]:
+def check_embed(folder: Path, photos: Path, kills: int, seed: int = 0, model: str | None = None) -> Counter[str]:
     """Kills embedding; see `_kill_and_compare`."""
-
-    def run(out: Path, report: Path) -> tuple[Any, ...]:
-        return _embed, (str(photos), str(out), str(report), model)
-
-    return _kill_and_compare(folder / "embeddings", run, kills, seed, _count_rows)
+    line = ["embed", photos, "--model", model or siglip_hf.default_checkpoint(), "--batch-size", BATCH_SIZE]
+    return _kill_and_compare(folder / "embeddings", [*line, "--device", "cpu"], kills, seed, _count_rows)
 
 
-def check_index(folder: Path, photos: Path, kills: int, seed: int = 0, model: str | None = None) -> dict[str, int]:
+def check_index(folder: Path, photos: Path, kills: int, seed: int = 0, model: str | None = None) -> Counter[str]:
     """Kills the indexing of embeddings; see `_kill_and_compare`."""
+    from siglip_hf.data.embed import embed_source
+
     embeddings = folder / "to_index"
-    _embed(str(photos), str(embeddings), str(folder / "report.json"), model)
-
-    def run(out: Path, report: Path) -> tuple[Any, ...]:
-        return _index, (str(embeddings), str(out), str(report))
-
-    return _kill_and_compare(folder / "index", run, kills, seed, lambda out: 0)
+    embed_source(str(photos), embeddings, model=model, device="cpu", batch_size=BATCH_SIZE)
+    return _kill_and_compare(folder / "index", ["index", embeddings], kills, seed, lambda out: 0)
 
 
-def check_train(folder: Path, photos: Path, kills: int, seed: int = 0, model: str | None = None) -> dict[str, int]:
+def check_train(folder: Path, photos: Path, kills: int, seed: int = 0, model: str | None = None) -> Counter[str]:
     """Kills training; see `_kill_and_compare`."""
     table = folder / "captions.csv"
     names = [file for number, file in enumerate(sorted(photos.iterdir())) if number % 20 != 7][:16]
     table.write_text("path,text\n" + "".join(f"{name},picture {number}\n" for number, name in enumerate(names)))
-
-    def run(out: Path, report: Path) -> tuple[Any, ...]:
-        return _train, (str(table), str(out), str(report), model)
-
-    return _kill_and_compare(folder / "trained", run, kills, seed, lambda out: 0)
+    line = ["train", table, "--model", model or siglip_hf.default_checkpoint(), "--steps", 6, "--batch-size", 4]
+    line += ["--save-every", 2, "--cpu", "--workers", 0]
+    return _kill_and_compare(folder / "trained", line, kills, seed, lambda out: 0)
 
 
 def write_pictures(folder: Path, count: int, seed: int = 0) -> Path:
@@ -96,21 +98,22 @@ def write_pictures(folder: Path, count: int, seed: int = 0) -> Path:
 
 
 def _kill_and_compare(
-    out: Path, run: Callable[[Path, Path], tuple[Any, ...]], kills: int, seed: int, count_rows: Callable[[Path], int]
-) -> dict[str, int]:
-    """Runs a job with kills until it is done, again and again, until there were enough kills.
+    out: Path, line: list[object], kills: int, seed: int, count_rows: Callable[[Path], int]
+) -> Counter[str]:
+    """Runs a command with kills until it is done, again and again, until there were enough kills.
 
     Raises:
-        AssertionError: if rows are lost or done twice, or a result differs from the unbroken run's.
+        AssertionError: if rows are lost or done twice, a run hangs or shows a traceback, or a result differs from the
+            unbroken run's.
     """
     context: Any = multiprocessing.get_context("spawn")
     rng = random.Random(seed)
-    report = out.with_suffix(".json")
+    said = out.with_suffix(".log")
 
     def start() -> Any:
-        function, arguments = run(out, report)
         ready, is_ready = context.Pipe(duplex=False)
-        process = context.Process(target=_run, args=(is_ready, function, arguments))
+        words = [*map(str, line), "--out", str(out)]
+        process = context.Process(target=_run, args=(is_ready, words, str(said)))
         process.start()
         ready.poll(600)  # its libraries are imported; a kill before that would be one of Python, not of ours
         return process
@@ -120,72 +123,67 @@ def _kill_and_compare(
     began = time.monotonic()
     process.join()
     seconds = time.monotonic() - began
-    assert process.exitcode == 0, "the unbroken run fails"
+    assert process.exitcode in (0, 1), f"the unbroken run fails: {said.read_text()}"
     unbroken = _digests(out)
     whole = out.with_name(f"{out.name}_whole")
     out.rename(whole)
 
-    result = {"kills": 0, "jobs": 0, "resumed": 0}
+    result: Counter[str] = Counter()
     while result["kills"] < kills:
         shutil.rmtree(out, ignore_errors=True)
         result["jobs"] += 1
         present = 0
         while True:
-            report.unlink(missing_ok=True)
             process = start()
             if result["kills"] < kills:
                 process.join(rng.uniform(0, seconds))
             else:
                 process.join()
             if process.exitcode is not None:
-                assert process.exitcode == 0, f"a run fails with {process.exitcode}"
                 break
-            process.kill()
-            process.join()
+            number = rng.choice(_SIGNALS)
+            os.kill(process.pid, number)
+            process.join(_SECONDS)
+            assert process.exitcode is not None, f"hung after {number.name}: {said.read_text()}"
+            words = said.read_text()
+            assert "Traceback" not in words, f"{number.name}: {words}"
             result["kills"] += 1
+            result[number.name] += 1
             print(f"{out.name}: {result['kills']} kills, {result['jobs']} jobs", file=sys.stderr, flush=True)
+            if process.exitcode in (0, 1):  # it was done before the signal reached it
+                break
+            if number is signal.SIGINT:
+                assert process.exitcode == 130, f"{process.exitcode} after SIGINT: {words}"
+                assert "the same command goes on where this stopped" in words, words
             found = count_rows(out)
             assert found >= present, f"{present} rows before, {found} now"
             result["resumed"] += found > 0
             present = found
-        kept = json.loads(report.read_text())
-        assert kept in (None, present), f"{present} rows were there, and {kept} were kept"
+        words = said.read_text()
+        assert process.exitcode in (0, 1), f"a run fails with {process.exitcode}: {words}"
+        if kept := re.search(r"(\d+) kept", words):
+            assert int(kept[1]) == present, f"{present} rows were there, and {kept[1]} were kept"
         assert _digests(out) == unbroken, f"not the result of the unbroken run: {_differences(out, whole)}"
     return result
 
 
-def _run(is_ready: Any, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    names = ("training.run", "training.trainer") if function is _train else ("data.embedder", "search.index_source")
-    for name in names:
-        importlib.import_module(f"siglip_hf.{name}")
-    is_ready.send(True)
-    function(*arguments)
-
-
-def _train(table: str, out: str, report: str, model: str | None) -> None:
-    from siglip_hf.training.run import run_training
-    from siglip_hf.training.settings import TrainSettings
-
-    settings = TrainSettings([table], out, model=model, steps=6, batch_size=4, save_every=2, cpu=True, workers=0)
-    run_training(settings)
-    Path(report).write_text("null")
-
-
-def _embed(photos: str, out: str, report: str, model: str | None) -> None:
+def _run(is_ready: Any, line: list[str], said: str) -> None:
+    """Runs a command line in a process of its own, with all that it prints in a file."""
+    from siglip_hf.cli.main import main as command_line
     from siglip_hf.data import store
-    from siglip_hf.data.embed import embed_source
 
+    for name in {"train": ["training.run", "training.trainer"], "index": ["search.index_source"]}.get(
+        line[0], ["data.embedder"]
+    ):
+        importlib.import_module(f"siglip_hf.{name}")
     store.PART_ROWS = PART_ROWS
-    result = embed_source(photos, out, model=model, device="cpu", batch_size=BATCH_SIZE)
-    Path(report).write_text(json.dumps(result.kept))
-
-
-def _index(embeddings: str, out: str, report: str) -> None:
-    from siglip_hf.data.store import EmbeddingStore
-    from siglip_hf.search.index_source import index_embeddings
-
-    index_embeddings(EmbeddingStore.open(embeddings), out)
-    Path(report).write_text("null")
+    output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for stream in (1, 2):
+        os.dup2(output, stream)
+    is_ready.send(True)
+    code = command_line(line)
+    sys.stdout.flush()
+    os._exit(code)  # a signal that comes while Python ends would be Python's to answer
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -223,6 +221,8 @@ def _count_rows(folder: Path) -> int:
         ids.update(parquet.read_table(file, columns=["id"])["id"].to_pylist())
     return len(ids)
 
+
+CHECKS = {"embed": check_embed, "index": check_index, "train": check_train}
 
 if __name__ == "__main__":
     main()

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from siglip_hf.files import first_line
 from siglip_hf.registration import register
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
         torch.empty(0, device=chosen)
         return chosen
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={str(device)!r} cannot be used: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"device={str(device)!r} cannot be used: {first_line(error)}") from error
 
 
 def _refuse_missing_path(name: str) -> None:
@@ -194,7 +195,7 @@ def _not_fetched(name: str, error: OSError) -> str:
 
 def _reason(error: Exception) -> str:
     """The first line of an error; the class too where the line alone says nothing, as a KeyError's."""
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    line = first_line(error)
     return line if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: {line}"
 
 

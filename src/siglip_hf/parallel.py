@@ -80,6 +80,16 @@ class PixelBudget:
         self._mine = threading.local()
 
     @contextlib.contextmanager
+    def at_most(self, pixels: int | None) -> Iterator[None]:
+        """Pictures of more pixels are refused in the block, undecoded; None changes nothing."""
+        before = self.largest
+        self.largest = before if pixels is None else pixels
+        try:
+            yield
+        finally:
+            self.largest = before
+
+    @contextlib.contextmanager
     def bounded(self) -> Iterator[None]:
         """Counts the pictures that this thread decodes in the block."""
         if hasattr(self._mine, "pixels"):  # the outer block counts them

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import siglip_hf.loading
 from siglip_hf.cli import examine as doctor
 from siglip_hf.cli.common import EMBEDDED
 from siglip_hf.cli.main import main
+from siglip_hf.inference.classify import classify_files
 from siglip_hf.parallel import PIXELS
 from tiny_checkpoint import write_tiny_checkpoint
 
@@ -152,6 +154,27 @@ def test_truth_gives_labels_and_accuracy(run, folder, tmp_path):
     assert [entry.get("truth") for entry in json.loads(out)] == [best["a.JPG"], wrong, None]
 
 
+def test_a_sheet_never_replaces_one_of_the_pictures(run, folder):
+    before = (folder / "b.png").read_bytes()
+    (folder / "link.png").symlink_to(folder / "b.png")
+    for sheet in ("b.png", "link.png"):
+        code, _, err = run("classify", folder / "b.png", "--labels", LABELS, "--sheet", folder / sheet)
+        assert (code, "it is one of the pictures to read" in err) == (2, True)
+    assert (folder / "b.png").read_bytes() == before
+
+
+def test_a_picture_that_is_gone_when_the_sheet_is_drawn(run, folder, monkeypatch):
+    score = classify_files
+    monkeypatch.setattr(
+        "siglip_hf.inference.classify.classify_files",
+        lambda *args, **options: (score(*args, **options), (folder / "b.png").unlink())[0],
+    )
+    code, out, err = run("classify", folder, "--labels", LABELS, "--sheet", folder / "sheet.png", "--json")
+    assert (code, len(json.loads(out))) == (1, 3)
+    assert f"not on the sheet: {folder / 'b.png'}: no such file or folder" in err
+    assert Image.open(folder / "sheet.png").width > 2 * 200
+
+
 def test_sheet(run, folder):
     file = folder / "sheet.png"
     (folder / "b.png").write_bytes(b"broken")
@@ -269,6 +292,83 @@ def test_larger_pictures_than_max_pixels_are_skipped(run, tmp_path, monkeypatch,
     shutil.rmtree("o", ignore_errors=True)
     shutil.rmtree("o.embeddings", ignore_errors=True)
     assert run(line[0], "pictures", *line[1:])[0] == 0
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluate_train_and_search_skip_larger_pictures_too(run, tmp_path, monkeypatch, workers):
+    pytest.importorskip("faiss")
+    monkeypatch.chdir(tmp_path)
+    for side in (20, 30, 31):
+        Path("classes", f"c{side}").mkdir(parents=True)
+        Image.new("RGB", (side, side), "red").save(f"classes/c{side}/{side}.png")
+    limit = ("--max-pixels", 900)
+    too_large = "c31/31.png: it has 961 pixels, more than the 900 that were allowed"
+    if workers == 0:
+        assert run("index", "classes", "--out", "idx")[0] == 0
+        code, _, err = run("evaluate", "classes", *limit)
+        assert (code, too_large in err) == (1, True), err
+        code, _, err = run("search", "idx", "--image", "classes/c31/31.png", *limit)
+        assert (code, "it has 961 pixels" in err) == (2, True)
+        code, _, err = run("search", "idx", "red", "--sheet", "sheet.png", *limit)
+        assert (code, f"not on the sheet: {too_large}" in err, "20.png" in err) == (1, True, False)
+        code, _, err = run("verify", siglip_hf.default_checkpoint(), "classes/c31/31.png", *limit)
+        assert (code, "it has 961 pixels" in err) == (2, True)
+    train = ("train", "classes", "--out", f"run{workers}", "--steps", 1, "--batch-size", 3, "--cpu")
+    code, _, err = run(*train, "--workers", workers, *limit)
+    assert (code, too_large in err, "20.png" in err) == (1, True, False)
+    assert PIXELS.largest is None
+
+
+def test_files_of_labels_and_truth_with_a_byte_order_mark_and_other_line_ends(run, folder, tmp_path):
+    labels = tmp_path / "labels.list"
+    labels.write_bytes("\ufeffa\u2028b\r\na\x85b\rcat\n".encode())
+    truth = tmp_path / "truth.json"
+    truth.write_bytes("\ufeff".encode() + json.dumps({"b.png": "a\u2028b"}, ensure_ascii=False).encode())
+    code, out, err = run(
+        "classify", folder / "b.png", "--labels-file", labels, "--truth", truth, "--json", "--template", "{}"
+    )
+    assert (code, err) == (0, "")
+    (entry,) = json.loads(out)
+    assert {row["label"] for row in entry["labels"]} == {"a\u2028b", "a\x85b", "cat"}
+    assert entry["truth"] == "a\u2028b"
+    code, out, err = run("classify", folder / "b.png", "--truth", truth, "--json")
+    assert [row["label"] for row in json.loads(out)[0]["labels"]] == ["a\u2028b"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder", "utf-16"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["classify", "b.png", "--labels-file", "F"],
+        ["classify", "b.png", "--truth", "F"],
+        ["evaluate", ".", "--labels-file", "F"],
+        ["evaluate", ".", "--truth", "F"],
+        ["search", "idx", "--queries", "F"],
+        ["clusters", "idx", "--words", "F"],
+        ["train", "deep", "--out", "run", "--config", "F"],
+        ["embed", "F.csv", "--out", "emb"],
+        ["embed", "F.jsonl", "--out", "emb"],
+        ["train", "F.txt", "--out", "run"],
+        ["index", "F.json", "--out", "idx"],
+    ],
+)
+def test_a_file_that_is_no_text_file_is_named(run, folder, monkeypatch, line, kind):
+    monkeypatch.chdir(folder)
+    line = [word.replace("F", "given", 1) if word.startswith("F") else word for word in line]
+    given = Path(next(word for word in line if word.startswith("given")))
+    if kind == "fifo":
+        os.mkfifo(given)
+    elif kind == "device":
+        given.symlink_to("/dev/zero")
+    elif kind == "folder":
+        given.mkdir()
+    else:
+        given.write_bytes("cat".encode("utf-16"))
+    code, _, err = run(*line)
+    assert code == 2
+    (message,) = err.splitlines()
+    assert str(given) in message
+    assert "not your mistake" not in message
 
 
 def test_max_pixels_is_not_for_ray(run, folder):

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from siglip_hf.extras import missing
+from siglip_hf.files import first_line
 from siglip_hf.inference.classify import load_classifier
 from siglip_hf.inference.optimize.optimization import optimize
 from siglip_hf.inference.pooling_map import pooling_attention
@@ -179,9 +180,7 @@ def load_scorer(name: str, device: str | None = None) -> Scorer:
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         if str(error).startswith("cannot load"):
             raise
-        raise ValueError(
-            f"cannot load {name!r}: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"cannot load {name!r}: {first_line(error)}") from error
 
 
 def _open_clip_name(name: str) -> tuple[str, str | None]:

@@ -15,6 +15,7 @@ from PIL import Image
 from siglip_hf._version import __version__
 from siglip_hf.apps import page
 from siglip_hf.files import sha256
+from siglip_hf.parallel import PIXELS
 from siglip_hf.preprocessing.image_intake import PictureError, load_picture
 
 if TYPE_CHECKING:
@@ -178,15 +179,13 @@ def gallery_items(hits: Sequence[Hit]) -> list[tuple[Image.Image, str]]:
 def _thumbnail(path: str) -> Image.Image:
     """The picture of a row, small; a grey one where it cannot be read any more."""
     try:
-        picture = read_hit(path, draft_to=THUMBNAIL).copy()
+        return read_hit(path, THUMBNAIL)
     except PictureError:
         return Image.new("RGB", (THUMBNAIL, THUMBNAIL), "#999999")
-    picture.thumbnail((THUMBNAIL, THUMBNAIL))
-    return picture
 
 
-def read_hit(path: str, draft_to: int | None = None) -> Image.Image:
-    """The picture of a row.
+def read_hit(path: str, side: int = page.MAX_SIDE) -> Image.Image:
+    """The picture of a row, no larger than `side`; visitors share the budget of decoded pixels, as in `read_upload`.
 
     Raises:
         PictureError: if it cannot be read any more.
@@ -194,7 +193,10 @@ def read_hit(path: str, draft_to: int | None = None) -> Image.Image:
     from siglip_hf.data.store import picture_at
 
     try:
-        return load_picture(picture_at(path), draft_to=draft_to)
+        with PIXELS.bounded():
+            picture = load_picture(picture_at(path), draft_to=side)
+            picture.thumbnail((side, side))
+            return picture
     except OSError as error:
         raise PictureError(getattr(error, "reason", None) or str(error), os.path.basename(path)) from error
 

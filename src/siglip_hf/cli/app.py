@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from siglip_hf.cli.common import embedded_note, no_library_progress, progress_bar
+from siglip_hf.cli.common import MaxPixels, embedded_note, largest_picture, no_library_progress, progress_bar
 
 if TYPE_CHECKING:
     import gradio
@@ -43,6 +43,7 @@ def app(
         str, typer.Option(help="Address to listen on; 0.0.0.0 lets everyone on your network use the page.")
     ] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(min=1, max=65535, help="The first free one from 7860 by default.")] = None,
+    max_pixels: MaxPixels = None,
     share: Annotated[
         bool, typer.Option("--share", help="Make a public address too, through the servers of Gradio.")
     ] = False,
@@ -61,7 +62,7 @@ def app(
 
     page.import_gradio()  # first, because a model takes its time to load
     signal.signal(signal.SIGTERM, _end)
-    with tempfile.TemporaryDirectory(prefix="siglip-hf-") as uploads:
+    with tempfile.TemporaryDirectory(prefix="siglip-hf-") as uploads, largest_picture(max_pixels):
         os.environ["GRADIO_TEMP_DIR"] = uploads  # what people upload goes when the page does
         page.serve(_build(page_name, index, model, device), host, port, share)
     return 0

@@ -17,6 +17,7 @@ from siglip_hf.cli.common import (
     largest_picture,
     no_library_progress,
     print_json,
+    print_some,
     progress_bar,
 )
 
@@ -106,7 +107,7 @@ def classify(
     templates = parse_templates(template) if template else None
     sources = find_pictures(images)
     if sheet is not None:
-        _check_sheet(sheet, len(sources))
+        _check_sheet(sheet, sources)
 
     with largest_picture(max_pixels), no_library_progress(), progress_bar() as progress:
         task = progress.add_task("loading the model", total=None)
@@ -139,15 +140,17 @@ def classify(
         _print_tables(results)
         if summary:
             print(summary)
-    if sheet is not None:
-        draw_sheet(results, sheet, summary)
+    missing: list[str] = []
+    if sheet is not None and any(result.labels for result in results):
+        missing = draw_sheet(results, sheet, summary)
         print(f"contact sheet: {sheet}", file=sys.stderr)
+        print_some([f"not on the sheet: {line}" for line in missing])
     broken = [result for result in results if result.error]
     for result in broken:
         print(f"skipped {result.source}: {result.error}", file=sys.stderr)
     if broken:
         print(f"{len(broken)} of {counted(len(results), 'picture')} skipped", file=sys.stderr)
-    return 1 if broken else 0
+    return 1 if broken or missing else 0
 
 
 def _print_tables(results: list[Classified]) -> None:
@@ -173,28 +176,30 @@ def _print_tables(results: list[Classified]) -> None:
         out.print(table)
 
 
-def _check_sheet(path: Path, count: int) -> None:
+def _check_sheet(path: Path, sources: list[str]) -> None:
     from siglip_hf.inference.contact_sheet import MAX_PICTURES
 
-    check_sheet(path)
-    if count > MAX_PICTURES:
-        raise ValueError(f"--sheet shows at most {MAX_PICTURES} pictures, not {count}.")
+    check_sheet(path, sources)
+    if len(sources) > MAX_PICTURES:
+        raise ValueError(f"--sheet shows at most {MAX_PICTURES} pictures, not {len(sources)}.")
 
 
-def draw_sheet(results: list[Classified], path: Path, summary: str) -> None:
-    """Draws the pictures that could be read with their three best labels into a file."""
-    from siglip_hf.inference.contact_sheet import Card, draw_contact_sheet
-    from siglip_hf.preprocessing.image_intake import load_picture
+def draw_sheet(results: list[Classified], path: Path, summary: str) -> list[str]:
+    """Draws the pictures that could be read with their three best labels into a file; returns what is gone since."""
+    from siglip_hf.inference.contact_sheet import Card, card_picture, save_contact_sheet
+    from siglip_hf.preprocessing.image_intake import PictureError
 
-    cards = [
-        Card(
-            load_picture(result.source, draft_to=400),
-            result.truth or Path(result.source).name,
-            [(row["label"], row.get("softmax", row.get("probability"))) for row in result.labels[:3]],
-            result.truth,
-        )
-        for result in results
-        if result.labels
-    ]
-    if cards:
-        draw_contact_sheet(cards, title=summary or counted(len(cards), "picture")).save(path)
+    cards, missing = [], []
+    for result in results:
+        try:
+            picture = card_picture(result.source) if result.labels else None
+        except PictureError as error:
+            missing.append(f"{result.source}: {error.reason}")
+            continue
+        if picture is not None:
+            labels = [(row["label"], row.get("softmax", row.get("probability"))) for row in result.labels[:3]]
+            cards.append(Card(picture, result.truth or Path(result.source).name, labels, result.truth))
+    if not cards:
+        raise ValueError(f"no contact sheet: none of the pictures can be read any more; {missing[0]}")
+    save_contact_sheet(cards, path, title=summary or counted(len(cards), "picture"))
+    return missing

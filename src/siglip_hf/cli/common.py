@@ -35,16 +35,11 @@ MaxPixels = Annotated[
 _PIPED_WIDTH = 10_000
 
 
-@contextlib.contextmanager
-def largest_picture(pixels: int | None) -> Iterator[None]:
-    """Pictures of more pixels are refused in the block, undecoded; None leaves that to Pillow's own limit."""
+def largest_picture(pixels: int | None) -> contextlib.AbstractContextManager[None]:
+    """A block in which larger pictures are refused, undecoded; None leaves that to Pillow's own limit."""
     from siglip_hf.parallel import PIXELS
 
-    before, PIXELS.largest = PIXELS.largest, pixels
-    try:
-        yield
-    finally:
-        PIXELS.largest = before
+    return PIXELS.at_most(pixels)
 
 
 @contextlib.contextmanager
@@ -130,11 +125,12 @@ def short_names(rows: Sequence[Any]) -> list[str]:
     ]
 
 
-def check_sheet(path: Path, option: str = "--sheet") -> None:
-    """Refuses a place for a contact sheet where writing would fail only after all the work.
+def check_sheet(path: Path, sources: Sequence[str] = (), option: str = "--sheet") -> None:
+    """Refuses a place for a contact sheet where writing would fail only after all the work, or cost a picture.
 
     Raises:
-        ValueError: for an ending that Pillow does not write, or a folder that is not there or not writable.
+        ValueError: for an ending that Pillow does not write, a folder that is not there or not writable, or a path
+            that is also one of `sources`.
     """
     from PIL import Image
 
@@ -145,5 +141,16 @@ def check_sheet(path: Path, option: str = "--sheet") -> None:
         raise ValueError(f"{option} {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise ValueError(f"{option} {path}: this is a folder; give the name of a picture file")
+    refuse_source(path, sources, option)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"{option} {path}: it cannot be written there")
+
+
+def refuse_source(path: Path, sources: Sequence[str], option: str) -> None:
+    """Refuses a place for a picture where it would replace one of those that are read.
+
+    Raises:
+        ValueError: if the path is one of `sources`, by whatever name.
+    """
+    if path.exists() and any(os.path.exists(source) and path.samefile(source) for source in sources):
+        raise ValueError(f"{option} {path}: it is one of the pictures to read; give another name")

@@ -41,13 +41,13 @@ def demo(
     from siglip_hf.cli.classify import draw_sheet
     from siglip_hf.inference.classify import accuracy, classify_files, load_classifier, read_truth_file
 
-    check_sheet(out, "--out")
+    files = sorted(demo_pictures())
+    check_sheet(out, files, "--out")
     if pictures is not None:
         if pictures.exists():
             raise ValueError(f"--pictures {pictures}: it is there already; name a new folder")
         shutil.copytree(demo_folder(), pictures)
     truth = read_truth_file(demo_folder() / "labels.json")
-    files = sorted(demo_pictures())
     with no_library_progress(), progress_bar() as progress:
         task = progress.add_task("loading the model", total=None)
         classifier = load_classifier(default_checkpoint(), fast=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import textwrap
 from typing import Annotated, Any
 
 import typer
+
+from siglip_hf.cli.common import print_json
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> int:
@@ -19,7 +20,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON 
     with Console(stderr=True).status("examining; flex attention may compile for a minute"):
         report = examine()
     if as_json:
-        print(json.dumps(report, ensure_ascii=False, indent=2))
+        print_json(report)
     else:
         _print_report(report)
     for problem in report["problems"]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,10 +10,13 @@ import typer
 
 from siglip_hf.cli.common import (
     MaxPixels,
+    console,
     embedded_note,
     largest_picture,
     no_library_progress,
+    print_json,
     progress_bar,
+    refuse_source,
 )
 
 if TYPE_CHECKING:
@@ -92,6 +94,8 @@ def evaluate(
         label_column=label_column,
         split=split,
     )
+    if confusion is not None:
+        refuse_source(confusion, [record.path for record in source if record.path is not None], "--confusion")
     if truth is not None:
         source = with_truth(source, read_truth_file(truth))
 
@@ -109,9 +113,7 @@ def evaluate(
         )
 
     if as_json:
-        print(
-            json.dumps({"source": source.name, "model": embedder.name, **found.as_dict()}, ensure_ascii=False, indent=2)
-        )
+        print_json({"source": source.name, "model": embedder.name, **found.as_dict()})
     else:
         _print_tables(found, prompts)
     if confusion is not None:
@@ -123,21 +125,19 @@ def evaluate(
 
 
 def _print_tables(found: Evaluation, prompts: tuple[str, ...]) -> None:
-    from rich.console import Console
-
-    console = Console()
+    out = console()
     if found.zero_shot is not None:
-        _print_accuracy(console, found.zero_shot, prompts)
+        _print_accuracy(out, found.zero_shot, prompts)
     if found.retrieval is not None:
-        _print_recall(console, found.retrieval)
+        _print_recall(out, found.retrieval)
 
 
-def _print_accuracy(console: Console, accuracy: ZeroShotAccuracy, prompts: tuple[str, ...]) -> None:
+def _print_accuracy(out: Console, accuracy: ZeroShotAccuracy, prompts: tuple[str, ...]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
     rows = accuracy.per_class()
-    console.print("classes, worst first", style="bold")
+    out.print("classes, worst first", style="bold")
     table = Table()
     table.add_column("class", min_width=16)
     for name in ("accuracy", "right", "pictures"):
@@ -146,12 +146,12 @@ def _print_accuracy(console: Console, accuracy: ZeroShotAccuracy, prompts: tuple
     for row in rows[:_MOST_CLASSES]:
         other = f"{escape(row.confused_with)} ({row.confused})" if row.confused_with else ""
         table.add_row(escape(row.label), f"{row.accuracy:.1%}", str(row.right), str(row.pictures), other)
-    console.print(table)
+    out.print(table)
     if len(rows) > _MOST_CLASSES:
-        console.print(f"and {len(rows) - _MOST_CLASSES} better classes; --json has them all")
+        out.print(f"and {len(rows) - _MOST_CLASSES} better classes; --json has them all")
     told = f'"{prompts[0]}"' if len(prompts) == 1 else f"{len(prompts)} templates, averaged"
     sizes = f"{len(accuracy.truth)} pictures, {len(accuracy.labels)} labels"
-    console.print(f"zero-shot accuracy: {sizes}, {escape(told)}", style="bold", highlight=False)
+    out.print(f"zero-shot accuracy: {sizes}, {escape(told)}", style="bold", highlight=False)
     table = Table()
     values = {"top-1": accuracy.top(1)}
     if len(accuracy.labels) > 5:
@@ -160,20 +160,20 @@ def _print_accuracy(console: Console, accuracy: ZeroShotAccuracy, prompts: tuple
     for name in values:
         table.add_column(name, justify="right")
     table.add_row(*(f"{value:.1%}" for value in values.values()))
-    console.print(table)
+    out.print(table)
 
 
-def _print_recall(console: Console, recall: RetrievalRecall) -> None:
+def _print_recall(out: Console, recall: RetrievalRecall) -> None:
     from rich.table import Table
 
-    console.print(f"retrieval: {recall.images} pictures, {recall.texts} captions", style="bold", highlight=False)
+    out.print(f"retrieval: {recall.images} pictures, {recall.texts} captions", style="bold", highlight=False)
     table = Table()
     table.add_column("searched with")
     for k in recall.image_to_text:
         table.add_column(f"recall@{k}", justify="right")
     for name, values in (("pictures", recall.image_to_text), ("captions", recall.text_to_image)):
         table.add_row(name, *(f"{value:.1%}" for value in values.values()))
-    console.print(table)
+    out.print(table)
 
 
 def _report_skipped(found: Evaluation) -> int:

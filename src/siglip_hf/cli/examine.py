@@ -18,6 +18,7 @@ from typing import Any
 
 import siglip_hf
 from siglip_hf import loading
+from siglip_hf.files import first_line
 
 CORE_PACKAGES = (
     "torch",
@@ -245,8 +246,7 @@ def _silence() -> Iterator[None]:
 
 
 def _one_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__
 
 
 def checkpoints() -> dict[str, dict[str, Any]]:

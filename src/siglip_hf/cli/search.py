@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from siglip_hf.cli.common import check_sheet, console, no_library_progress, print_json, short_names
+from siglip_hf.cli.common import (
+    MaxPixels,
+    check_sheet,
+    console,
+    largest_picture,
+    no_library_progress,
+    print_json,
+    print_some,
+    short_names,
+)
 
 if TYPE_CHECKING:
     from siglip_hf.search.query import Hit, Query
@@ -38,6 +47,7 @@ def search(
         ),
     ] = False,
     sheet: Annotated[Path | None, typer.Option(help="Draw the answers into this picture file.")] = None,
+    max_pixels: MaxPixels = None,
     model: Annotated[
         str | None, typer.Option(help="The checkpoint that the index was made with, if it has moved.")
     ] = None,
@@ -56,8 +66,8 @@ def search(
 
     asked = _queries(words, text, image, not_text, queries)
     if sheet is not None:
-        check_sheet(sheet)
-    with no_library_progress():
+        check_sheet(sheet, [query.image for query in asked if isinstance(query.image, str)])
+    with largest_picture(max_pixels), no_library_progress():
         found = SearchIndex.open(index, model=model, device=device).search_many(asked, k=k, path_filter=path)
     if as_json:
         answers = [
@@ -71,10 +81,10 @@ def search(
         print(f"nothing found{f' that matches {path!r}' if path else ''}", file=sys.stderr)
         return 0
     if sheet is not None:
-        missing = _draw_sheet(asked, found, sheet)
+        with largest_picture(max_pixels):
+            missing = _draw_sheet(asked, found, sheet)
         print(f"contact sheet: {sheet}", file=sys.stderr)
-        for reason in missing:
-            print(f"not on the sheet: {reason}", file=sys.stderr)
+        print_some([f"not on the sheet: {reason}" for reason in missing])
         return 1 if missing else 0
     return 0
 
@@ -82,7 +92,7 @@ def search(
 def _queries(
     words: str | None, text: str | None, image: str | None, not_text: str | None, file: Path | None
 ) -> list[Query]:
-    from siglip_hf.files import text_lines
+    from siglip_hf.files import read_text, text_lines
     from siglip_hf.search.query import Query
 
     if words is not None and text is not None:
@@ -94,8 +104,8 @@ def _queries(
     if words or text or image:
         raise ValueError("--queries is given beside another query; pass one of them.")
     try:
-        lines = [line.strip() for line in text_lines(file.read_text(encoding="utf-8-sig"))]
-    except (OSError, UnicodeDecodeError) as error:
+        lines = [line.strip() for line in text_lines(read_text(file))]
+    except (OSError, ValueError) as error:
         raise ValueError(f"the file of queries {str(file)!r} cannot be read: {error}") from error
     if not any(lines):
         raise ValueError(f"the file of queries {str(file)!r} holds none; write one on each line.")
@@ -127,8 +137,7 @@ def _print_tables(queries: Sequence[Query], found: Sequence[Sequence[Hit]]) -> N
 def _draw_sheet(queries: Sequence[Query], found: Sequence[Sequence[Hit]], path: Path) -> list[str]:
     """Draws the answers of all queries; returns what could not be drawn."""
     from siglip_hf.data.store import picture_at
-    from siglip_hf.inference.contact_sheet import Card, draw_contact_sheet
-    from siglip_hf.preprocessing.image_intake import load_picture
+    from siglip_hf.inference.contact_sheet import Card, card_picture, save_contact_sheet
 
     cards, missing = [], []
     for query, hits in zip(queries, found, strict=True):
@@ -138,7 +147,7 @@ def _draw_sheet(queries: Sequence[Query], found: Sequence[Sequence[Hit]], path: 
             try:
                 if hit.path is None:
                     raise ValueError("it is no picture of its own")
-                picture = load_picture(picture_at(hit.path), draft_to=400)
+                picture = card_picture(picture_at(hit.path))
             except (OSError, ValueError) as error:
                 missing.append(f"{hit.id}: {getattr(error, 'reason', error)}")
                 continue
@@ -146,5 +155,5 @@ def _draw_sheet(queries: Sequence[Query], found: Sequence[Sequence[Hit]], path: 
     if not cards:
         raise ValueError(f"--sheet {path}: none of the answers has a picture that can be read; {missing[0]}")
     title = str(queries[0]) if len(queries) == 1 else f"{len(queries)} queries"
-    draw_contact_sheet(cards, title=title).save(path)
+    save_contact_sheet(cards, path, title=title)
     return missing

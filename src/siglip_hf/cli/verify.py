@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from siglip_hf.cli.common import MaxPixels, largest_picture, print_json
 
 if TYPE_CHECKING:
     from siglip_hf.evaluation.verify import Verification
@@ -30,6 +31,7 @@ def verify(
         str | None, typer.Option(metavar="MODEL", help="Another checkpoint for stock: a changed one's original.")
     ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    max_pixels: MaxPixels = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:
@@ -44,7 +46,7 @@ def verify(
 
     given = list(arguments or ())
     model = given.pop(0) if given and random is None else None
-    with Console(stderr=True).status("running both sides, each in a process of its own"):
+    with largest_picture(max_pixels), Console(stderr=True).status("running both sides, each in a process of its own"):
         result = run(
             model,
             find_pictures(given) if given else None,
@@ -55,7 +57,7 @@ def verify(
             device=device,
         )
     if as_json:
-        print(json.dumps(result.as_dict(), ensure_ascii=False, indent=2))
+        print_json(result.as_dict())
     else:
         _print(result)
     return 0 if result.ok else 1

@@ -133,10 +133,7 @@ class SiglipEmbedder:
     @property
     def draft_to(self) -> int | None:
         """Longest side of what pictures are resized to, for `load_picture`."""
-        settings = self.processor.image_processor
-        if patches := getattr(settings, "max_num_patches", None):
-            return settings.patch_size * int(np.ceil(np.sqrt(patches)))
-        return max((side for side in dict(settings.size).values() if side), default=None)
+        return draft_side(self.processor.image_processor)
 
     @functools.cached_property
     def model_sha256(self) -> str:
@@ -228,26 +225,10 @@ class SiglipEmbedder:
         Returns:
             `pixel_values` (N, C, height, width), for NaFlex (N, patches, P) with mask and shapes; None if N is 0.
         """
-        parts: list[Mapping[str, torch.Tensor]] = []
-        held: list[Image.Image] = []
-
-        def resize() -> None:
-            if held:
-                parts.append(self.processor.image_processor(images=held, return_tensors="pt"))
-                held.clear()
-
-        with PIXELS.bounded():
-            for picture in pictures:
-                held.append(picture)
-                if PIXELS.is_held or sum(one.width * one.height for one in held) >= _HELD_PIXELS:
-                    resize()
-                    del picture
-                    PIXELS.release()
-            resize()
-        if not parts:
+        inputs = prepare_pictures(self.processor.image_processor, pictures)
+        if inputs is None:
             return None
-        joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in joined.items()}
+        return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
     @torch.inference_mode()
     def encode_images(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
@@ -316,6 +297,42 @@ class SiglipEmbedder:
             else:
                 embeds = self.no_embeddings()
             yield [result for result, _ in done], embeds
+
+
+def draft_side(image_processor: Any) -> int | None:
+    """Longest side of what an image processor resizes pictures to, for `load_picture`."""
+    if patches := getattr(image_processor, "max_num_patches", None):
+        return image_processor.patch_size * int(np.ceil(np.sqrt(patches)))
+    return max((side for side in dict(image_processor.size).values() if side), default=None)
+
+
+def prepare_pictures(image_processor: Any, pictures: Iterable[Image.Image]) -> dict[str, torch.Tensor] | None:
+    """Inputs of the image tower, on the CPU; few pictures are held decoded at once.
+
+    Args:
+        image_processor: one of this package.
+        pictures: N pictures, decoded while they are taken.
+
+    Returns:
+        `pixel_values` (N, C, height, width), for NaFlex (N, patches, P) with mask and shapes; None if N is 0.
+    """
+    parts: list[Mapping[str, torch.Tensor]] = []
+    held: list[Image.Image] = []
+
+    def resize() -> None:
+        if held:
+            parts.append(image_processor(images=held, return_tensors="pt"))
+            held.clear()
+
+    with PIXELS.bounded():
+        for picture in pictures:
+            held.append(picture)
+            if PIXELS.is_held or sum(one.width * one.height for one in held) >= _HELD_PIXELS:
+                resize()
+                del picture
+                PIXELS.release()
+        resize()
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else None
 
 
 def _as_pictures(pictures: Any) -> Iterable[Any]:

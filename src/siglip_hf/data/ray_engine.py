@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from siglip_hf.data.items import Batch, Item, embed_items
 from siglip_hf.extras import missing
+from siglip_hf.files import first_line
 
 if TYPE_CHECKING:
     from siglip_hf.data.embedder import SiglipEmbedder
@@ -126,7 +127,7 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
             logging_level=logging.ERROR,
         )
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ValueError(f"no Ray cluster at {address!r}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"no Ray cluster at {address!r}: {first_line(error)}") from error
     try:
         yield
     finally:

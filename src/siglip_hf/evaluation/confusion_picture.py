@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from siglip_hf.extras import missing
+from siglip_hf.files import new_file
 
 if TYPE_CHECKING:
     from siglip_hf.evaluation.zero_shot import ZeroShotAccuracy
@@ -38,6 +39,10 @@ def check_picture_file(path: str | os.PathLike[str]) -> None:
         raise ValueError(f"{path}: no picture format has this ending; use .png, .svg or .pdf")
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise ValueError(f"{path}: this is a folder; give the name of a picture file")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"{path}: it cannot be written there")
 
 
 def draw_confusion(accuracy: ZeroShotAccuracy, path: str | os.PathLike[str]) -> None:
@@ -81,4 +86,5 @@ def draw_confusion(accuracy: ZeroShotAccuracy, path: str | os.PathLike[str]) -> 
         title += f"; the {len(shown)} of {total} classes with the most mistakes"
     axes.set_title(title)
     figure.colorbar(drawn, shrink=0.7, label="share of the right label's pictures")
-    figure.savefig(path, dpi=120)
+    with new_file(path) as partial:
+        figure.savefig(partial, format=os.path.splitext(path)[1][1:].lower(), dpi=120)

@@ -221,14 +221,14 @@ def _cases(
 ) -> tuple[dict[str, Any], list[str]]:
     """What both sides are asked for: the user's pictures and texts, and the published example where there is one."""
     from siglip_hf.inference.label_bank import parse_labels
-    from siglip_hf.preprocessing.image_intake import load_picture, load_pictures
+    from siglip_hf.preprocessing.image_intake import load_picture
 
     notes: list[str] = []
     sources = [str(_PICTURES / file) for file in DEFAULT_PICTURES] if not pictures else list(pictures)
     files = []
-    for number, picture in enumerate(load_pictures(sources)):
+    for number, source in enumerate(sources):
         files.append(str(work / f"picture{number}.png"))
-        picture.save(files[-1])
+        load_picture(source).save(files[-1])  # one by one: all of them may not fit into memory
     texts = [TEMPLATE.format(label) for label in parse_labels(labels if labels is not None else DEFAULT_LABELS)]
     if config.text_config.vocab_size >= 256_000 or config.model_type == "siglip2":
         # It was trained so. Our tokenizer lowercases by itself; stock's GemmaTokenizer keeps capitals.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from siglip_hf.files import parse_json, text_lines
+from siglip_hf.files import parse_json, read_text, text_lines
 from siglip_hf.inference.learned import HeadClassifier
 from siglip_hf.inference.optimize.optimization import optimize
 from siglip_hf.inference.pipeline import SiglipZeroShotImageClassificationPipeline
@@ -57,8 +57,8 @@ def read_labels_file(path: str | Path) -> list[str]:
             "file name goes to --truth, and then no other labels are needed."
         )
     try:
-        lines = text_lines(Path(path).read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
+        lines = text_lines(read_text(path))
+    except (OSError, ValueError) as error:
         raise ValueError(f"the labels file {str(path)!r} cannot be read: {error}") from error
     labels = [line.strip() for line in lines if line.strip()]
     if not labels:
@@ -73,7 +73,7 @@ def read_truth_file(path: str | Path) -> dict[str, str]:
         ValueError: if the file cannot be read as such.
     """
     try:
-        truth = parse_json(Path(path).read_bytes())
+        truth = parse_json(read_text(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"the file of right labels {str(path)!r} cannot be read: {error}") from error
     if not isinstance(truth, dict) or not truth or not all(isinstance(label, str) for label in truth.values()):

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from siglip_hf.files import new_file
+from siglip_hf.parallel import PIXELS
+from siglip_hf.preprocessing.image_intake import load_picture
 
 #: More pictures than this make an image that few programs open.
 MAX_PICTURES = 1000
@@ -37,6 +43,28 @@ class Card:
     caption: str
     labels: Sequence[tuple[str, float]]
     truth: str | None = None
+
+
+def card_picture(source: Any) -> Image.Image:
+    """The picture of a card, no larger than it is drawn.
+
+    Raises:
+        PictureError: if it cannot be read.
+    """
+    with PIXELS.bounded():
+        return _fitted(load_picture(source, draft_to=2 * _PICTURE))
+
+
+def save_contact_sheet(cards: Sequence[Card], path: str | os.PathLike[str], *, title: str = "") -> None:
+    """Draws the sheet into a file, in the format of its ending; whole or not at all.
+
+    Raises:
+        ValueError: see `draw_contact_sheet`.
+        OSError: if it cannot be written.
+    """
+    sheet = draw_contact_sheet(cards, title=title)
+    with new_file(path) as partial:
+        sheet.save(partial, format=Image.registered_extensions()[os.path.splitext(path)[1].lower()])
 
 
 def draw_contact_sheet(cards: Sequence[Card], *, title: str = "", columns: int | None = None) -> Image.Image:
@@ -81,7 +109,7 @@ def draw_contact_sheet(cards: Sequence[Card], *, title: str = "", columns: int |
 
 def _draw_card(sheet: Image.Image, draw: ImageDraw.ImageDraw, card: Card, x: int, y: int) -> None:
     small, normal = ImageFont.load_default(_CAPTION_SIZE), ImageFont.load_default(_LABEL_SIZE)
-    picture = ImageOps.contain(card.picture, (_PICTURE, _PICTURE), Image.Resampling.LANCZOS)
+    picture = _fitted(card.picture)
     sheet.paste(picture, (x + (_PICTURE - picture.width) // 2, y + (_PICTURE - picture.height) // 2))
     y += _PICTURE + _CAPTION_HEIGHT // 2
     draw.text((x, y), _shortened(card.caption, small, _PICTURE), fill=_FAINT_TEXT, font=small, anchor="lm")
@@ -101,6 +129,10 @@ def _draw_card(sheet: Image.Image, draw: ImageDraw.ImageDraw, card: Card, x: int
         if filled:
             draw.rectangle((x, bar, x + filled - 1, bar + _BAR_HEIGHT - 1), fill=color)
         y += _ROW_HEIGHT
+
+
+def _fitted(picture: Image.Image) -> Image.Image:
+    return ImageOps.contain(picture, (_PICTURE, _PICTURE), Image.Resampling.LANCZOS)
 
 
 def _shortened(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: float) -> str:

@@ -402,10 +402,15 @@ def _is_costly(image: Image.Image, convert_rgb: bool) -> bool:
     return image.mode not in ("RGB", "L") or image.has_transparency_data or _orientation(image) != 1
 
 
+def reduction(size: tuple[int, int], draft_to: int) -> int:
+    """How many times smaller a very large picture of this size may be made before it is resized to `draft_to`."""
+    return min(max(min(size) // (DRAFT_MARGIN * draft_to), 1), 8)  # 8 as for a JPEG
+
+
 def _reduced(image: Image.Image, draft_to: int) -> Picture:
     """An RGB picture reduced by a whole number, to no less than a JPEG would be; strip by strip."""
     _load(image)
-    factor = min(max(min(image.size) // (DRAFT_MARGIN * draft_to), 1), 8)  # 8 as for a JPEG
+    factor = reduction(image.size, draft_to)
     width, height = (-(-side // factor) for side in image.size)
     reduced = Image.new("RGB", (width, height))
     rows = max(_STRIP_PIXELS // image.width // factor, 1) * factor

@@ -234,7 +234,7 @@ def _write_index(folder: Path, index: Any) -> None:
     try:
         faiss_kinds.import_faiss().write_index(index, str(folder / INDEX))
     except RuntimeError as error:  # all that FAISS raises, whatever the system said
-        reason = str(error).strip().splitlines()[-1]
+        reason = str(error).strip().split("\n")[-1]
         raise OSError(f"cannot write an index in {folder.parent}: {reason}; is the disk full?") from error
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
+from siglip_hf.data.embedder import draft_side, prepare_pictures
 from siglip_hf.data.sources import Record, Source
-from siglip_hf.preprocessing.image_intake import PictureError
+from siglip_hf.preprocessing.image_intake import LARGE_PIXELS, PictureError, reduction
 from siglip_hf.training.pairs import Draw, check_templates, picture_key, stable_number, texts_of
 
 #: What `augment` can do, in the order in which it is done.
@@ -89,13 +90,21 @@ class PairCollator:
             ValueError: If 100 pictures in a row are broken.
         """
         broken: list[tuple[str, str]] = []
-        examples = [self._example(draw, broken) for draw in draws]
-        pictures, texts, keys, labels = zip(*examples, strict=True)
-        batch: dict[str, Any] = dict(self.processor(text=list(texts), return_tensors="pt"))
+        rest: list[tuple[str, int, str | None]] = []
+
+        def pictures() -> Iterator[Any]:
+            for draw in draws:
+                picture, *others = self._example(draw, broken)
+                rest.append(tuple(others))  # type: ignore[arg-type]
+                yield picture
+                del picture  # or it would lie in memory beside the next one
+
         if self.store is not None:
-            batch["image_embeds"] = torch.stack(pictures)
+            images: Any = {"image_embeds": torch.stack(list(pictures()))}
         else:
-            batch.update(self.processor(images=list(pictures), return_tensors="pt"))
+            images = prepare_pictures(self.processor.image_processor, pictures())
+        texts, keys, labels = zip(*rest, strict=True)
+        batch: dict[str, Any] = {**self.processor(text=list(texts), return_tensors="pt"), **images}
         # Texts are alike if the model sees the same; labels are, in whatever template they come.
         text_keys = [
             stable_number("text", row) if label is None else stable_number("label", label)
@@ -127,7 +136,11 @@ class PairCollator:
     def _picture(self, record: Record, generator: random.Random) -> Any:
         if self.store is not None:
             return self.store.read(record)
-        return augmented(record.load_picture(), self.augment, generator)
+        side = draft_side(self.processor.image_processor)
+        picture = record.load_picture(side)
+        if self.augment and side and picture.width * picture.height > LARGE_PIXELS:
+            picture = picture.reduce(reduction(picture.size, side))  # each change would copy all of it
+        return augmented(picture, self.augment, generator)
 
 
 class PictureCollator:
@@ -138,19 +151,23 @@ class PictureCollator:
 
     def __call__(self, records: Sequence[tuple[int, Record]]) -> dict[str, Any]:
         """The model's inputs for the pictures; `places` (B,) int64 as given; `readable` (B,) bool; `broken`."""
-        pictures: list[Image.Image | None] = []
-        broken: list[tuple[str, str]] = []
-        for _, record in records:
-            try:
-                pictures.append(record.load_picture())
-            except PictureError as error:
-                broken.append((record.id, error.reason))
-                pictures.append(None)
-        readable = torch.tensor([picture is not None for picture in pictures])
-        blank = Image.new("RGB", (32, 32), "gray")
-        batch = dict(self.processor(images=[picture or blank for picture in pictures], return_tensors="pt"))
+        image_processor = self.processor.image_processor
+        broken: dict[int, tuple[str, str]] = {}
+
+        def pictures() -> Iterator[Image.Image]:
+            for number, (_, record) in enumerate(records):
+                try:
+                    picture = record.load_picture(draft_side(image_processor))
+                except PictureError as error:
+                    broken[number] = (record.id, error.reason)
+                    picture = Image.new("RGB", (32, 32), "gray")
+                yield picture
+                del picture  # or it would lie in memory beside the next one
+
+        batch = prepare_pictures(image_processor, pictures())
+        readable = torch.tensor([number not in broken for number in range(len(records))])
         places = torch.tensor([place for place, _ in records])
-        return {**batch, "places": places, "readable": readable, "broken": broken}
+        return {**(batch or {}), "places": places, "readable": readable, "broken": list(broken.values())}
 
 
 def augmented(picture: Image.Image, augment: Sequence[str], generator: random.Random) -> Image.Image:

@@ -6,13 +6,12 @@ import dataclasses
 import math
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from siglip_hf.extras import missing
-from siglip_hf.files import parse_json
+from siglip_hf.files import parse_json, read_text
 
 #: Names of schedules, and what transformers calls them.
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -50,6 +49,7 @@ class TrainSettings:
     )
     captions: Annotated[str, _option("random or first, of several.")] = "random"
     augment: Annotated[list[str], _option("Any of crop,flip,color.")] = field(default_factory=list)
+    max_pixels: Annotated[int | None, _option("Pixels of the largest picture that is decoded.")] = None
     epochs: Annotated[float, _option("Passes over the data.")] = 10.0
     steps: Annotated[int | None, _option("Steps, in place of epochs.")] = None
     batch_size: Annotated[int, _option("Pairs in the loss of a step, over all processes.")] = 256
@@ -88,7 +88,7 @@ class TrainSettings:
         for name in ("epochs", "batch_size", "micro_batch", "learning_rate", "keep", "log_every"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
-        for name in ("steps", "eval_every", "save_every"):
+        for name in ("steps", "eval_every", "save_every", "max_pixels"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         for name in ("hold_out", "lora", "weight_decay", "scale_learning_rate", "workers"):
@@ -115,7 +115,7 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, str | list[str]]:
     """
     kind = "JSON" if str(path).endswith(".json") else "YAML"
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
+        text = read_text(path)
         values = parse_json(text) if kind == "JSON" else _parse_yaml(text)
     except (ValueError, RecursionError) as error:
         why = "it is nested too deeply" if isinstance(error, RecursionError) else error

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from siglip_hf.files import first_line
+
 #: Activations that oneDNN applies to a product while it is in the registers: our name -> its name and algorithm.
 FUSED_ACTIVATIONS = {
     "gelu_pytorch_tanh": ("gelu", "tanh"),
@@ -95,7 +97,7 @@ def why_not(dtype: torch.dtype, int8: bool = False) -> str | None:
     try:
         difference = _try_int8(dtype) if int8 else _try(dtype)
     except Exception as error:  # an operator may be missing, or take other arguments, or refuse this processor
-        return f"torch's operators on oneDNN do not work here ({type(error).__name__}: {str(error).splitlines()[0]})"
+        return f"torch's operators on oneDNN do not work here ({type(error).__name__}: {first_line(error)})"
     if not difference <= _TOLERANCE[dtype]:
         return f"torch's operators on oneDNN give other numbers here (off by {difference:.1e})"
     return None

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
+from siglip_hf.files import first_line
 from siglip_hf.inference.optimize import onednn
 from siglip_hf.inference.optimize.packed import PackedEncoderLayer, is_packable, linears, release
 from siglip_hf.models.configuration_siglip import SiglipTextConfig, as_pair
@@ -195,7 +196,7 @@ def _pack(model: nn.Module, dtype: torch.dtype, report: Optimization, int8: bool
         if not (difference <= LARGEST_DIFFERENCE if exact else cosine >= least):
             trouble = f"the probe's embeddings differ (least cosine {cosine:.6f})"
     except RuntimeError as error:  # of oneDNN, for shapes that its self-test does not have
-        trouble = str(error).splitlines()[0]
+        trouble = first_line(error)
     if trouble:
         for layers, index, block in blocks:
             if only_reordered and layers[index] is not block:
