@@ -151,6 +151,18 @@ def test_mistakes_are_told_in_one_line(run, folders, options, said):
     assert said in err
 
 
+@pytest.mark.parametrize("command", ["evaluate", "learn"])
+def test_the_confusion_picture_replaces_none_of_the_pictures(folders, tmp_path, command, capsys):
+    pytest.importorskip("matplotlib")
+    pytest.importorskip("pyarrow")
+    picture = folders / "cat" / "0.png"
+    before = picture.read_bytes()
+    options = ["--out", str(tmp_path / "head")] if command == "learn" else []
+    assert main([command, str(folders), "--confusion", str(picture), *options]) == 2
+    assert "it is one of the pictures to read" in capsys.readouterr().err
+    assert picture.read_bytes() == before
+
+
 def test_no_confusion_without_labels(run, captioned, tmp_path):
     pytest.importorskip("matplotlib")
     code, _, err = run(captioned, "--confusion", tmp_path / "x.png")

@@ -29,7 +29,7 @@ def demo(
     ),
     pictures: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Copy the pictures into this new folder too, to try the other commands on."),
+        typer.Option(metavar="FOLDER", help="Copy the pictures into this new folder too, to try other commands on."),
     ] = None,
 ) -> int:
     """Label and search the pictures that come with the package, and draw them with their labels on a sheet.

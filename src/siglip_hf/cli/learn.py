@@ -19,6 +19,7 @@ from siglip_hf.cli.common import (
     print_json,
     print_some,
     progress_bar,
+    refuse_source,
 )
 
 if TYPE_CHECKING:
@@ -77,6 +78,8 @@ def learn(
     source = open_source(
         data if len(data) > 1 else data[0], image_column=image_column, label_column=label_column, split=split
     )
+    if confusion is not None:
+        refuse_source(confusion, [record.path for record in source if record.path is not None], "--confusion")
     start = time.perf_counter()
     with largest_picture(max_pixels), no_library_progress(), progress_bar() as progress:
         bar = progress.add_task("loading the model", total=None)
