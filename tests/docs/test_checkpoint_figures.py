@@ -104,3 +104,9 @@ def test_share_of_found_queries_is_the_cards(page):
     assert found is not None
     numbers = re.findall(r"(\d+)%", found[0])[:6]
     assert sorted(shown) == sorted(numbers)
+
+
+@pytest.mark.parametrize("folder", [siglip_hf.default_checkpoint(), siglip_hf.naflex_checkpoint()])
+def test_card_is_for_users(folder):
+    """A card says what the weights can do; targets and issues are the project's own talk."""
+    assert re.findall(r"\b(?:targets?|issues?|session|milestone)\b", card(folder), re.IGNORECASE) == []

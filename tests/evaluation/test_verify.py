@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import json_shapes
 import siglip_hf
 from siglip_hf.cli.main import main
 from siglip_hf.evaluation import verify as module
@@ -48,7 +49,9 @@ def test_the_same_numbers(result):
         "scores": (2, 2),
     }
     assert {row.name for row in result.comparisons if row.difference == 0} >= {"token ids", "pixel values"}
-    assert json.loads(json.dumps(result.as_dict()))["ok"] is True
+    printed = json.loads(json.dumps(result.as_dict()))
+    assert printed["ok"] is True
+    assert json_shapes.keys(printed) == json_shapes.keys(json_shapes.shown("verify"))  # docs/command_line.md
 
 
 def test_a_broken_weight_is_found(original, tmp_path, capfd):
