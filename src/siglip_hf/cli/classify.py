@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from siglip_hf.cli.common import (
+    LabelBankFolder,
     MaxPixels,
     check_sheet,
     console,
@@ -64,6 +65,7 @@ def classify(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward.")] = 8,
     max_pixels: MaxPixels = None,
+    label_bank: LabelBankFolder = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
     ] = None,
@@ -90,9 +92,18 @@ def classify(
     from siglip_hf.inference.label_bank import parse_labels, parse_templates
     from siglip_hf.inference.learned import load_head
 
-    if onnx is not None and (other := "--model" if model else "--device" if device else None):
+    if onnx is not None and (
+        other := "--model" if model else "--device" if device else "--label-bank" if label_bank else None
+    ):
         raise ValueError(f"{other} and --onnx are both given; pass one of them.")
-    for name, value in {"--model": model, "--onnx": onnx, "--labels": labels, "--labels-file": labels_file}.items():
+    others = {
+        "--model": model,
+        "--onnx": onnx,
+        "--labels": labels,
+        "--labels-file": labels_file,
+        "--label-bank": label_bank,
+    }
+    for name, value in others.items():
         if head is not None and value is not None:
             raise ValueError(f"{name} and --head are both given; a head has its own tower and its own classes.")
     if head is not None and template:
@@ -127,7 +138,7 @@ def classify(
 
                 classifier = onnx_classifier(onnx)
             else:
-                classifier = load_classifier(model or default_checkpoint(), device, fast)
+                classifier = load_classifier(model or default_checkpoint(), device, fast, label_bank)
                 embedded_note(model)()
             progress.update(task, description="classifying", total=len(sources))
             results = classify_files(classifier, sources, candidates, templates=templates, **common)

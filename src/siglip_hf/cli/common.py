@@ -31,6 +31,11 @@ MaxPixels = Annotated[
     int | None, typer.Option(min=1, help="Pixels of the largest picture that is decoded; larger ones are skipped.")
 ]
 
+#: The option of every command that encodes labels.
+LabelBankFolder = Annotated[
+    Path | None, typer.Option("--label-bank", help="Keep the embeddings of labels in this folder, for later runs.")
+]
+
 # As wide as a table may get where nobody looks at it on a screen: a path must stay in one piece for the next program.
 _PIPED_WIDTH = 10_000
 

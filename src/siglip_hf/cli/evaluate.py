@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from siglip_hf.cli.common import (
+    LabelBankFolder,
     MaxPixels,
     console,
     embedded_note,
@@ -64,6 +65,7 @@ def evaluate(
         int | None, typer.Option(min=1, help="Threads that read pictures; one per core by default.")
     ] = None,
     max_pixels: MaxPixels = None,
+    label_bank: LabelBankFolder = None,
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
     ] = None,
@@ -109,6 +111,7 @@ def evaluate(
             task=task,
             templates=prompts,
             labels=labels,
+            label_bank=label_bank,
             on_progress=lambda what, done, total: progress.update(bar, description=what, completed=done, total=total),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from siglip_hf.evaluation.retrieval import RetrievalRecall, retrieval_recall
 from siglip_hf.evaluation.zero_shot import ZeroShotAccuracy, name_classes, zero_shot_accuracy
 from siglip_hf.inference.classify import truth_of
 from siglip_hf.inference.label_bank import LabelBank
+from siglip_hf.inference.label_store import LabelStore
 from siglip_hf.inference.pipeline import DEFAULT_TEMPLATE
 from siglip_hf.preprocessing.image_intake import PictureError
 
@@ -72,6 +74,7 @@ def evaluate(
     templates: Sequence[str] = (DEFAULT_TEMPLATE,),
     labels: Sequence[str] | None = None,
     ks: Sequence[int] = (1, 5, 10),
+    label_bank: str | os.PathLike[str] | None = None,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Evaluation:
     """Measures a model on labelled or captioned pictures.
@@ -85,6 +88,7 @@ def evaluate(
         templates: texts with `{}` for the label, averaged.
         labels: the candidates. By default the labels of the source, underscores read as spaces. See `name_classes`.
         ks: the k of recall at k.
+        label_bank: a folder in which the embeddings of labels are kept, for later runs.
         on_progress: called with what is being embedded, how many are done, and how many there are.
 
     Returns:
@@ -101,7 +105,7 @@ def evaluate(
         names, number_of = name_classes(used.classes(), labels)
         if len(names) < 2:
             raise ValueError(f"{source.name} has one class only, {names[0]!r}; give more candidates as labels.")
-        classes = _embed_labels(embedder, names, templates, on_progress)
+        classes = _embed_labels(embedder, names, templates, label_bank, on_progress)
 
     # What a picture is compared with, by the number of the picture; each pair once.
     pictures: dict[Any, int] = {}
@@ -158,6 +162,7 @@ def _embed_labels(
     embedder: SiglipEmbedder,
     names: Sequence[str],
     templates: Sequence[str],
+    label_bank: str | os.PathLike[str] | None,
     on_progress: Callable[[str, int, int], None],
 ) -> torch.Tensor:
     """(C, E) on the embedder's device, a group of labels at a time so that progress shows."""
@@ -167,6 +172,7 @@ def _embed_labels(
         device=embedder.device,
         max_bytes=0,
         chunk_size=embedder.batch_size,
+        store=None if label_bank is None else LabelStore(label_bank),
     )
     group = max(1, embedder.batch_size // len(templates))
 

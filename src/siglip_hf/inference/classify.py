@@ -82,7 +82,10 @@ def read_truth_file(path: str | Path) -> dict[str, str]:
 
 
 def load_classifier(
-    model: str | None = None, device: str | None = None, fast: bool = False
+    model: str | None = None,
+    device: str | None = None,
+    fast: bool = False,
+    label_bank: str | os.PathLike[str] | None = None,
 ) -> SiglipZeroShotImageClassificationPipeline:
     """The zero-shot pipeline of a SigLIP checkpoint.
 
@@ -90,6 +93,7 @@ def load_classifier(
         model: name or folder of the checkpoint; the embedded one if None.
         device: where it computes; the first accelerator by default.
         fast: on a CPU, make it faster (`siglip_hf.optimize`), which rounds the scores to the dtype that it picks.
+        label_bank: a folder in which the embeddings of labels are kept, for later runs.
 
     Raises:
         ValueError: if there is no such device or checkpoint, or it is not a SigLIP that this package serves.
@@ -102,6 +106,7 @@ def load_classifier(
         tokenizer=processor.tokenizer,
         image_processor=processor.image_processor,
         device=where,
+        label_bank=label_bank,
     )
     if fast:
         optimize(classifier.model)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from siglip_hf.files import sha256
+from siglip_hf.inference.label_store import LabelStore, text_side_digest
 from siglip_hf.preprocessing.text_cleaning import label_words
 
 #: Bound on the memory of a bank's rows; at E = 768 it holds about 87,000 classes.
@@ -23,6 +25,9 @@ DEFAULT_MAX_BYTES = 256 * 2**20
 
 #: Texts per forward of the text tower.
 DEFAULT_CHUNK_SIZE = 64
+
+# The templates and the tokenizer's arguments, in words.
+_Context = tuple[tuple[str, ...], str]
 
 _ONE_PLACE = re.compile(r"[^{}]*\{0?\}[^{}]*")
 
@@ -111,6 +116,7 @@ class LabelBank:
         device: where token ids go; the model's device unless given (an offloaded model has none of its own).
         max_bytes: bound on the memory that the rows take; the last answer is kept beside them.
         chunk_size: texts per forward of the text tower.
+        store: where rows are kept on disk besides.
         texts_encoded: how many texts went through the text tower so far.
     """
 
@@ -122,16 +128,19 @@ class LabelBank:
         device: torch.device | None = None,
         max_bytes: int = DEFAULT_MAX_BYTES,
         chunk_size: int = DEFAULT_CHUNK_SIZE,
+        store: LabelStore | None = None,
     ):
         if max_bytes < 0 or chunk_size < 1:
             raise ValueError(f"max_bytes={max_bytes} must be 0 or more, and chunk_size={chunk_size} at least 1.")
         self.model, self.tokenizer = model, tokenizer
         self.device = model.device if device is None else device
         self.max_bytes, self.chunk_size = max_bytes, chunk_size
+        self.store = store
         self.texts_encoded = 0
         self._rows: OrderedDict[tuple[str, tuple[str, ...], str], torch.Tensor] = OrderedDict()
         self._bytes = 0
         self._weights: tuple[Any, ...] = ()
+        self._digest: str | None = None  # of the weights, for the store; "" if it cannot be told
         # The last answer, whole: a stream of pictures asks the same question for each batch.
         self._last: tuple[tuple[Any, ...], torch.Tensor] | None = None
         self._lock = threading.RLock()
@@ -174,53 +183,109 @@ class LabelBank:
         Raises:
             ValueError: for templates that `parse_templates` refuses.
         """
-        templates = parse_templates(templates)
-        options = {**self._trained_text_form(), **(tokenizer_kwargs or {})}
-        context = (templates, repr(sorted(options.items())))
+        context, options = self._context(parse_templates(templates), tokenizer_kwargs)
         question = (tuple(labels), *context)
         with self._lock:
-            if (weights := self._weights_state()) != self._weights:
-                self.clear()
-                self._weights = weights
+            self._forget_other_weights()
             if self._last is None or self._last[0] != question:
                 self._last = (question, self._answer(labels, context, options))
             return self._last[1]
 
-    def _answer(
-        self, labels: Sequence[str], context: tuple[tuple[str, ...], str], options: Mapping[str, Any]
-    ) -> torch.Tensor:
+    def missing(self, labels: Sequence[str], templates: Sequence[str]) -> dict[str, list[str]]:
+        """The texts of each label that is not known, for a caller that encodes them itself; see `remember`.
+
+        Args:
+            labels: distinct labels.
+            templates: as for `class_embeddings`.
+        """
+        context, _ = self._context(parse_templates(templates), None)
+        with self._lock:
+            self._forget_other_weights()
+            known = self._known(labels, context)
+        return {label: _texts(label, context[0]) for label in labels if label not in known}
+
+    def remember(self, rows: Mapping[str, torch.Tensor], templates: Sequence[str]) -> None:
+        """Takes rows that were encoded elsewhere with this bank's model.
+
+        Args:
+            rows: by label, embeddings (T, E) of its texts under the T templates.
+            templates: the templates.
+        """
+        context, _ = self._context(parse_templates(templates), None)
+        with self._lock:
+            self._keep({label: _averaged(texts[None])[0] for label, texts in rows.items()}, context)
+
+    def _context(
+        self, templates: tuple[str, ...], tokenizer_kwargs: Mapping[str, Any] | None
+    ) -> tuple[_Context, dict[str, Any]]:
+        """What a row depends on beside its label, and the tokenizer's arguments."""
+        options = {**self._trained_text_form(), **(tokenizer_kwargs or {})}
+        return (templates, repr(sorted(options.items()))), options
+
+    def _forget_other_weights(self) -> None:
+        if (weights := self._weights_state()) != self._weights:
+            self.clear()
+            self._weights, self._digest = weights, None
+
+    def _answer(self, labels: Sequence[str], context: _Context, options: Mapping[str, Any]) -> torch.Tensor:
         if options["padding"] == "max_length":
             return self._recall(labels, context, options)
         # The padding of a text, hence its embedding, depends on the other texts: only whole answers are kept.
         return self._encode(labels, context[0], options, chunk_size=len(labels) * len(context[0]))
 
-    def _recall(
-        self, labels: Sequence[str], context: tuple[tuple[str, ...], str], options: Mapping[str, Any]
-    ) -> torch.Tensor:
+    def _recall(self, labels: Sequence[str], context: _Context, options: Mapping[str, Any]) -> torch.Tensor:
+        rows = self._known(labels, context)
+        missing = [label for label in labels if label not in rows]
+        templates = context[0]
+        for group in _chunks(missing, max(1, self.chunk_size // len(templates))):
+            encoded = self._encode(group, templates, options, self.chunk_size)
+            rows.update(self._keep(dict(zip(group, encoded, strict=True)), context))
+        return torch.stack([rows[label] for label in labels])  # (C, E)
+
+    def _known(self, labels: Sequence[str], context: _Context) -> dict[str, torch.Tensor]:
+        """Rows of the labels that are in memory or in the store."""
         rows = {}
         for label in labels:
             if (key := (label, *context)) in self._rows:
                 self._rows.move_to_end(key)
                 rows[label] = self._rows[key]
-        missing = [label for label in labels if label not in rows]
-        templates = context[0]
-        for group in _chunks(missing, max(1, self.chunk_size // len(templates))):
-            for label, row in zip(group, self._encode(group, templates, options, self.chunk_size), strict=True):
-                rows[label] = self._rows[(label, *context)] = row.clone()  # a view would keep its whole group alive
-                self._bytes += row.nbytes
+        if keys := self._store_keys([label for label in labels if label not in rows], context):
+            assert self.store is not None
+            stored = self.store.get(list(keys.values()))
+            found = {label: torch.tensor(stored[key]) for label, key in keys.items() if key in stored}
+            device = next(self.model.text_model.parameters()).device if self.device is None else self.device
+            rows.update(self._keep({label: row.to(device) for label, row in found.items()}, context, store=False))
+        return rows
+
+    def _keep(self, rows: Mapping[str, torch.Tensor], context: _Context, store: bool = True) -> dict[str, torch.Tensor]:
+        """Puts rows into memory and the store, and gives them back, each with memory of its own."""
+        kept = {label: row.clone() for label, row in rows.items()}  # a view would keep its whole group alive
+        for label, row in kept.items():
+            key = (label, *context)
+            self._bytes += row.nbytes - (self._rows[key].nbytes if key in self._rows else 0)
+            self._rows[key] = row
         while self._bytes > self.max_bytes:
             self._bytes -= self._rows.popitem(last=False)[1].nbytes
-        return torch.stack([rows[label] for label in labels])  # (C, E)
+        if store and (keys := self._store_keys(list(kept), context)):
+            assert self.store is not None
+            self.store.put({keys[label]: row.cpu().numpy() for label, row in kept.items()})
+        return kept
+
+    def _store_keys(self, labels: Sequence[str], context: _Context) -> dict[str, str]:
+        """The key of each label in the store; none without a store, or for weights that cannot be told from others."""
+        if self.store is None or not labels:
+            return {}
+        if self._digest is None:
+            self._digest = text_side_digest(self.model, self.tokenizer) or ""
+        depends_on = repr((self._digest, context))
+        return {label: sha256([repr((depends_on, label)).encode()]) for label in labels if self._digest}
 
     def _encode(
         self, labels: Sequence[str], templates: Sequence[str], options: Mapping[str, Any], chunk_size: int
     ) -> torch.Tensor:
-        texts = [template.format(label_words(label)) for label in labels for template in templates]
+        texts = [text for label in labels for text in _texts(label, templates)]
         embeds = torch.cat([self._encode_chunk(chunk, options) for chunk in _chunks(texts, chunk_size)])
-        if len(templates) == 1:
-            return embeds
-        embeds = embeds.unflatten(0, (len(labels), len(templates))).mean(dim=1)  # (C, E)
-        return nn.functional.normalize(embeds, dim=-1)
+        return _averaged(embeds.unflatten(0, (len(labels), len(templates))))
 
     def _encode_chunk(self, texts: Sequence[str], options: Mapping[str, Any]) -> torch.Tensor:
         input_ids = self.tokenizer(list(texts), return_tensors="pt", **options)["input_ids"]  # (B, L)
@@ -237,6 +302,15 @@ class LabelBank:
             (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device)
             for p in self.model.text_model.parameters()
         )
+
+
+def _texts(label: str, templates: Sequence[str]) -> list[str]:
+    return [template.format(label_words(label)) for template in templates]
+
+
+def _averaged(embeds: torch.Tensor) -> torch.Tensor:
+    """(C, T, E) under T templates to (C, E), of length 1."""
+    return embeds[:, 0] if embeds.shape[1] == 1 else nn.functional.normalize(embeds.mean(dim=1), dim=-1)
 
 
 def _chunks(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:

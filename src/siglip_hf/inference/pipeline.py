@@ -18,6 +18,7 @@ from transformers.pipelines.base import Pipeline
 from transformers.pipelines.zero_shot_image_classification import ZeroShotImageClassificationPipeline
 
 from siglip_hf.inference.label_bank import LabelBank, parse_labels, parse_templates
+from siglip_hf.inference.label_store import LabelStore
 from siglip_hf.parallel import PIXELS
 from siglip_hf.preprocessing.image_intake import DEFAULT_TIMEOUT, load_picture, load_pictures
 from siglip_hf.preprocessing.processing_siglip import check_vocabulary
@@ -67,7 +68,8 @@ class SiglipZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipel
         # [{'score': ..., 'label': 'cat'}, {'score': ..., 'label': 'dog'}]
 
     Each label goes through the text tower once in the life of the pipeline (see `LabelBank`); a second picture, batch
-    or call costs the image tower only.
+    or call costs the image tower only. With `label_bank="FOLDER"` labels are kept there too, for every process that
+    names the folder (see `LabelStore`).
     """
 
     # What a pipeline of this class always has; transformers declares them optional, and a module's parameters vaguely.
@@ -90,6 +92,8 @@ class SiglipZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipel
         for name in _LOADING_ARGUMENTS:
             kwargs.pop(name, None)
         self._label_bank: LabelBank | None = None
+        folder = kwargs.pop("label_bank", None)
+        self._label_store = None if folder is None else LabelStore(folder)
         super().__init__(**kwargs)
         check_vocabulary(self.tokenizer, self.model.config.text_config.vocab_size)
 
@@ -107,7 +111,9 @@ class SiglipZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipel
                 or bank.tokenizer is not self.tokenizer
                 or bank.device != self.device
             ):
-                bank = self._label_bank = LabelBank(self.model, self.tokenizer, device=self.device)
+                bank = self._label_bank = LabelBank(
+                    self.model, self.tokenizer, device=self.device, store=self._label_store
+                )
             return bank
 
     def __call__(self, image: Any = None, candidate_labels: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -230,16 +236,31 @@ class SiglipZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipel
     ) -> list[dict[str, Any]]:
         """The scores of one picture, best first."""
         cosines, logits = model_outputs["cosines"][0], model_outputs["logits"][0]  # (C,)
-        scores = {name: SCORES[name](cosines, logits).tolist() for name in (SCORES if named_scores else (score,))}
-        # By logits whatever the score is: a sigmoid saturates, and equal scores would lose their order.
-        best = logits.argsort(descending=True, stable=True)[:top_k].tolist()
-        results = []
-        for i in best:
-            result = {"score": scores[score][i], "label": candidate_labels[i]}
-            if named_scores:
-                result.update((name, values[i]) for name, values in scores.items())
-            results.append(result)
-        return results
+        names = tuple(SCORES) if named_scores else (score,)
+        results = ranked(cosines, logits, candidate_labels, names, top_k)
+        return [{"score": row[score], "label": row["label"], **(row if named_scores else {})} for row in results]
+
+
+def ranked(
+    cosines: torch.Tensor, logits: torch.Tensor, labels: Sequence[str], scores: Iterable[str], top_k: int | None = None
+) -> list[dict[str, Any]]:
+    """The labels of one picture with their scores, best first.
+
+    Args:
+        cosines: (C,).
+        logits: (C,).
+        labels: C of them.
+        scores: names among `SCORES`.
+        top_k: only the best so many; shares of the softmax are of all labels nevertheless.
+    """
+    values = {name: SCORES[name](cosines, logits) for name in scores}
+    # By logits whatever the score is: a sigmoid saturates, and equal scores would lose their order.
+    best = logits.argsort(descending=True, stable=True)[:top_k]
+    columns = {name: column[best].tolist() for name, column in values.items()}
+    return [
+        {"label": labels[i], **{name: column[place] for name, column in columns.items()}}
+        for place, i in enumerate(best.tolist())
+    ]
 
 
 def _as_pipeline_input(image: Any) -> Any:

@@ -7,7 +7,7 @@ stored in the order in which the matrix units read them, so that no call packs t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -74,6 +74,10 @@ class PackedLinear:
         """The weight (out, in) and the bias (out,), bit for bit as they were packed."""
         return self.weight.to_dense(), self.bias
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything that the results depend on."""
+        return self.unpack()
+
     def __deepcopy__(self, memo: Any) -> PackedLinear:
         return self  # nothing ever writes to it
 
@@ -99,6 +103,11 @@ class Int8Linear(PackedLinear):
         self.bias = torch.cat([layer.bias.detach() for layer in layers]).float()
         self.dtype = dtype
         self.fused = activation if activation in onednn.FUSED_ACTIVATIONS else None
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything that the results depend on."""
+        packed, scales, _ = self.weight
+        return packed.to_dense(), scales, self.bias
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
         """Maps (..., in) to (..., out), with the activation if it is one of those that can be fused."""
@@ -153,6 +162,11 @@ class PackedEncoderLayer(SiglipBlock):
         self.fc1 = linear(mlp.fc1, dtype=dtype, activation=mlp.config.hidden_act)
         self.fc2 = linear(mlp.fc2, dtype=dtype)
         self.activation_fn = None if self.fc1.fused else mlp.activation_fn
+
+    def packed_tensors(self) -> Iterator[torch.Tensor]:
+        """The packed weights, which are no parameters, one after the other."""
+        for packed in (self.qkv, self.out, self.fc1, self.fc2):
+            yield from packed.tensors()
 
     def unpack_into(self, block: SiglipEncoderLayer) -> None:
         """Gives a block whose linear layers were moved to the meta device their weights back."""
