@@ -32,6 +32,7 @@ from siglip_hf.cli.evaluate import evaluate
 from siglip_hf.cli.index import index
 from siglip_hf.cli.learn import learn
 from siglip_hf.cli.search import search
+from siglip_hf.cli.serve import serve
 from siglip_hf.cli.train import train
 from siglip_hf.cli.verify import verify
 
@@ -87,6 +88,13 @@ _COMMANDS = (
         ),
     ),
     (show_page, ("siglip-hf app search", "siglip-hf app compare --model google/siglip2-base-patch16-224")),
+    (
+        serve,
+        (
+            "siglip-hf serve",
+            "siglip-hf serve --model google/siglip2-base-patch16-224 --index photos=photos.idx --api-key keys.txt",
+        ),
+    ),
     (doctor, ("siglip-hf doctor", "siglip-hf doctor --json")),
     (
         verify,

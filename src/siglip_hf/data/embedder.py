@@ -200,9 +200,7 @@ class SiglipEmbedder:
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         for text in texts:
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{text!r} is not a text; pass strings with words in them.")
-            check_characters(text, "a text")
+            check_text(text)
         batches = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
         results = [self.encode_texts(batch) for batch in batches]
         return np.concatenate(results) if results else self.no_embeddings()
@@ -243,7 +241,6 @@ class SiglipEmbedder:
         on_device = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
         return _unit(self.model.encode_image(**on_device))
 
-    @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts, in one forward.
 
@@ -253,8 +250,16 @@ class SiglipEmbedder:
         Returns:
             float32 (N, D), each row of length 1.
         """
-        inputs = self.processor(text=list(texts), return_tensors="pt")
-        return _unit(self.model.encode_text(inputs["input_ids"].to(self.device)))
+        return self.encode_ids(self.prepare_texts(texts))
+
+    def prepare_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """Token ids (N, L) of N texts on the CPU, padded to the length that the model was trained on."""
+        return self.processor(text=list(texts), return_tensors="pt")["input_ids"]
+
+    @torch.inference_mode()
+    def encode_ids(self, input_ids: torch.Tensor) -> np.ndarray:
+        """Embeddings of what `prepare_texts` gives for N texts: float32 (N, D), each row of length 1."""
+        return _unit(self.model.encode_text(input_ids.to(self.device)))
 
     def encode_ahead(self, items: Sequence[Any], prepare: Any) -> Iterator[tuple[list[Any], np.ndarray]]:
         """Embeds pictures in batches that are prepared in threads: ahead of an accelerator, in turns with a CPU.
@@ -333,6 +338,17 @@ def prepare_pictures(image_processor: Any, pictures: Iterable[Image.Image]) -> d
                 PIXELS.release()
         resize()
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else None
+
+
+def check_text(text: Any) -> None:
+    """Refuses what cannot be embedded as a text.
+
+    Raises:
+        ValueError: if it is no string, blank, or not Unicode.
+    """
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"{text!r} is not a text; pass strings with words in them.")
+    check_characters(text, "a text")
 
 
 def _as_pictures(pictures: Any) -> Iterable[Any]:

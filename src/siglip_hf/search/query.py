@@ -79,9 +79,18 @@ class SearchIndex:
         backend: where the vectors are.
     """
 
-    def __init__(self, backend: Backend, *, model: str | None = None, device: str | None = None) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        model: str | None = None,
+        device: str | None = None,
+        embedder: SiglipEmbedder | None = None,
+    ) -> None:
         self.backend, self._model, self._device = backend, model, device
-        self._embedder: SiglipEmbedder | None = None
+        if embedder is not None:
+            check_weights(embedder, backend.origin)
+        self._embedder = embedder
         self._sample: np.ndarray | None = None
 
     @classmethod
@@ -92,6 +101,7 @@ class SearchIndex:
         model: str | None = None,
         device: str | None = None,
         verify: bool = True,
+        embedder: SiglipEmbedder | None = None,
     ) -> SearchIndex:
         """Opens an index; the model is loaded with the first query.
 
@@ -101,6 +111,7 @@ class SearchIndex:
             model: the checkpoint that the index was made with, if it has moved since.
             device: where the model runs; the first accelerator by default.
             verify: compare the files of a folder with their checksums.
+            embedder: the model, if it is loaded already; then `model` and `device` do not count.
 
         Raises:
             FileNotFoundError: if there is no such index.
@@ -110,8 +121,8 @@ class SearchIndex:
         if name.startswith(("lancedb:", "qdrant:")):
             from siglip_hf.search.vector_db import open_table  # needs the extra of its database
 
-            return cls(open_table(name), model=model, device=device)
-        return cls(IndexFolder(path, verify=verify), model=model, device=device)
+            return cls(open_table(name), model=model, device=device, embedder=embedder)
+        return cls(IndexFolder(path, verify=verify), model=model, device=device, embedder=embedder)
 
     def __len__(self) -> int:
         """Rows that can be found."""
@@ -185,8 +196,27 @@ class SearchIndex:
                 raise ValueError(f"nothing to look for in {query}: give a text or a picture.")
         if not queries:
             return []
-        texts = self._embed_texts(queries)
-        images = self._embed_images(queries)
+        texts, images = self._embed_texts(queries), self._embed_images(queries)
+        return self.search_embedded(queries, texts, images, k=k, path_filter=path_filter)
+
+    def search_embedded(
+        self,
+        queries: Sequence[Query],
+        texts: dict[str, np.ndarray],
+        images: Sequence[np.ndarray | None],
+        *,
+        k: int = 10,
+        path_filter: str | None = None,
+    ) -> list[list[Hit]]:
+        """As `search_many`, for a caller that has embedded the queries with this index's model.
+
+        Args:
+            queries: one or more; of `image` only whether it is there counts.
+            texts: (D,) of each `text` and `not_text`.
+            images: (D,) of each query's picture, or None.
+            k: hits for each.
+            path_filter: as for `search`.
+        """
         vectors = np.stack([self._combined(query, texts, images[i]) for i, query in enumerate(queries)])  # (q, D)
         found = self.backend.neighbours(vectors, k, path_filter)
         return [
@@ -251,11 +281,20 @@ def load_embedder(origin: Origin, model: str | None = None, device: str | None =
     except (OSError, ValueError) as error:
         hint = "" if model else " If it has moved, say where it is (--model)."
         raise ValueError(f"the index was made with {origin.model}: {error}{hint}") from error
+    check_weights(embedder, origin, model)
+    return embedder
+
+
+def check_weights(embedder: SiglipEmbedder, origin: Origin, model: str | None = None) -> None:
+    """Makes sure that vectors were made with a model.
+
+    Raises:
+        ValueError: if not.
+    """
     weights = embedder.model_sha256
     if weights != origin.model_sha256:
         raise ValueError(
-            f"{model or origin.model} ({weights[:12]}) does not have the weights that the index was made "
+            f"{model or embedder.name} ({weights[:12]}) does not have the weights that the index was made "
             f"with, {origin.model} ({origin.model_sha256[:12]}), so their vectors cannot be compared. Give that model "
             "(--model), or build the index anew."
         )
-    return embedder

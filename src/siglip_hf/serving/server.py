@@ -1,0 +1,153 @@
+"""The process that listens: one socket, JSON lines for a log, and an end that finishes what was begun."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from pydantic_core import to_json
+
+from siglip_hf.extras import missing
+from siglip_hf.serving.app import create_app
+from siglip_hf.serving.door import Door
+from siglip_hf.serving.settings import Settings
+
+try:
+    import uvicorn
+except ImportError as _error:
+    raise missing("the server needs uvicorn", "serve") from _error
+
+_BACKLOG = 1024
+
+logger = logging.getLogger("siglip_hf.serving")
+
+
+class JsonLines(logging.Formatter):
+    """A JSON object on each line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record; its attribute `entry`, a dict, is put beside the message."""
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(record.created)),
+            "level": record.levelname.lower(),
+            "message": record.getMessage(),
+            **getattr(record, "entry", {}),
+        }
+        if record.exc_info:
+            line["traceback"] = "".join(traceback.format_exception(*record.exc_info))
+        return to_json(line).decode()
+
+
+def log_as_json(stream: Any = None) -> None:
+    """Sends warnings of everyone, and what the server itself says, to a stream (stderr) as JSON lines."""
+    handler = logging.StreamHandler(stream or sys.stderr)
+    handler.setFormatter(JsonLines())
+    logging.disable(logging.NOTSET)  # the command line wants libraries quiet
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    logger.setLevel(logging.INFO)
+
+
+def log_request(entry: dict[str, Any]) -> None:
+    """Logs one request."""
+    logger.info("request", extra={"entry": entry})
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        OSError: if the port is taken, or the address none of this machine's.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    except OSError as error:
+        reason = error.strerror or "no such address"
+        raise OSError(f"cannot listen on {host}, port {port}: {reason}; see --host and --port.") from error
+
+
+def address_of(listening: socket.socket) -> str:
+    """The URL of a socket."""
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which tells the door when it ends."""
+
+    def __init__(self, door: Door, seconds: float, on_ready: Callable[[], None] = lambda: None) -> None:
+        """Makes a server.
+
+        Args:
+            door: the application.
+            seconds: the longest time for which accepted requests are finished at the end.
+            on_ready: called when requests are taken.
+        """
+        config = uvicorn.Config(
+            door,
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,  # anyone could say to be someone else
+            ws="none",
+            lifespan="on",
+            timeout_graceful_shutdown=int(seconds) + 1,
+        )
+        super().__init__(config)
+        self._door, self._on_ready = door, on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Starts to listen."""
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
+
+    def handle_exit(self, sig: int, frame: Any) -> None:
+        """Begins the end, on SIGTERM or Ctrl+C: nothing more is taken, what was taken is finished."""
+        self._door.is_draining = True
+        super().handle_exit(sig, frame)
+
+
+def serve(
+    settings: Settings,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    log_requests: bool = True,
+    on_ready: Callable[[str], None] = print,
+) -> None:
+    """Serves a model until the process is told to end.
+
+    Args:
+        settings: what is served and how.
+        host: the address to listen on; see `check_exposure`.
+        port: 0 takes a free one.
+        log_requests: write a line for each request.
+        on_ready: called with the URL when requests are taken.
+
+    Raises:
+        OSError: if the port is taken, or an index is not there.
+        ValueError: if something cannot be loaded.
+    """
+    with listen(host, port) as listening:
+        door = create_app(settings, log=log_request if log_requests else lambda entry: None)
+        run(door, settings, listening, lambda: on_ready(address_of(listening)))
+
+
+def run(door: Door, settings: Settings, listening: socket.socket, on_ready: Callable[[], None]) -> None:
+    """Runs an application on a socket until SIGTERM or Ctrl+C; the process lives on."""
+    server = Server(door, settings.limits.seconds, on_ready)
+    before = signal.getsignal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn sends itself the signal again when it is done
+    try:
+        server.run(sockets=[listening])
+    except KeyboardInterrupt:
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
