@@ -1,6 +1,6 @@
 # Everything a newcomer needs: `make demo` and `make test` make their own environment first.
 .DEFAULT_GOAL := help
-.PHONY: help demo wheel test-wheel test test-oldest test-newest test-pythons test-slow test-browser test-gpu test-faults lint types format bench checkpoint docs clean
+.PHONY: help demo wheel test-wheel test test-oldest test-newest test-layouts test-pythons test-slow test-browser test-gpu test-faults lint types format bench checkpoint docs clean
 
 PYTHON ?= python3
 MINUTES ?= 240
@@ -46,6 +46,8 @@ TESTS ?= tests/models tests/preprocessing tests/inference/test_pipeline_zero_sho
   tests/peers/test_accelerate.py tests/peers/test_peft.py
 OLDEST := transformers==5.19.0
 NEWEST := transformers tokenizers accelerate peft
+# They import torchvision, for which a stand-in serves.
+LAYOUTS := open_clip_torch timm ftfy
 PYTHONS ?= python3.11 python3.12 python3.13
 # Other versions lie in a folder that is searched before the environment's own packages; torch is shared.
 OTHER = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target
@@ -60,6 +62,10 @@ test-newest: $(DEV) ## run the core tests on the newest transformers, tokenizers
 	rm -rf $(VENV)/newest
 	$(OTHER) $(VENV)/newest $(NEWEST)
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest $(RUN)
+
+test-layouts: $(DEV) ## compare conversions with open_clip and timm themselves, which need a folder of their own
+	$(OTHER) $(VENV)/layouts -c constraints.txt $(LAYOUTS)
+	PYTHONPATH=$(CURDIR)/$(VENV)/layouts OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/peers/test_layouts.py
 
 test-pythons: ## run demo and tests on every Python that we claim, each in an environment of its own (gigabytes each)
 	for python in $(PYTHONS); do $(MAKE) demo test PYTHON=$$python || exit 1; done
@@ -98,7 +104,7 @@ format: $(DEV) ## rewrite the code in the house format
 
 bench: $(DEV) ## compare with stock transformers and peers on this machine; prints ratios (an hour)
 	$(PIP) -e ".[bench]"
-	$(PIP) --no-deps open_clip_torch timm ftfy
+	$(PIP) --no-deps $(LAYOUTS)
 	for script in $(filter-out %/common.py,$(wildcard scripts/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 checkpoint: $(DEV) ## make both embedded checkpoints from nothing; MINUTES=240 of two idle cores, or DEVICE=cuda

@@ -17,17 +17,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import importlib
-import importlib.machinery
 import importlib.metadata
-import importlib.util
 import json
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,6 +36,7 @@ from transformers.models.siglip.modeling_siglip import SiglipModel as StockModel
 import siglip_hf
 from common import machine
 from siglip_hf.inference.optimize.packed import PackedLinear
+from stand_in import import_peer
 
 PRESET = "siglip-base-patch16-224"
 PEERS = ("torch", "transformers", "openvino", "onnxruntime", "open_clip_torch", "timm")
@@ -49,56 +46,6 @@ LIMIT = "limit of the products"
 OURS, PLAIN, STOCK = "siglip_hf.optimize", "siglip_hf", "transformers sdpa"
 Contender = Callable[[torch.Tensor], Any]
 clock = time.perf_counter
-
-
-class _StandIn(type):
-    """Names of torchvision that are imported and not used: classes whose attributes are their own names."""
-
-    def __getattr__(cls, name: str) -> str:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return name
-
-
-class _StandInModule(types.ModuleType):
-    __path__: list[str] = []  # noqa: RUF012
-    __version__ = "0"
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _StandIn(name, (), {})
-
-
-class _TorchvisionStandIn:
-    """Finds any module of torchvision, as an empty one."""
-
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        if name.partition(".")[0] == "torchvision":
-            return importlib.machinery.ModuleSpec(name, self, is_package=True)  # type: ignore[arg-type]
-        return None
-
-    def create_module(self, spec: Any) -> types.ModuleType:
-        return _StandInModule(spec.name)
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
-
-def import_peer(name: str) -> Any:
-    """open_clip or timm, with a stand-in for torchvision where that is not installed; None without the peer."""
-    if importlib.util.find_spec(name) is None:
-        return None
-    if importlib.util.find_spec("torchvision") is not None:
-        return importlib.import_module(name)
-    finder = _TorchvisionStandIn()
-    sys.meta_path.insert(0, finder)  # type: ignore[arg-type]
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.meta_path.remove(finder)  # type: ignore[arg-type]
-        for module in [module for module in sys.modules if module.partition(".")[0] == "torchvision"]:
-            del sys.modules[module]
 
 
 def products_rate(dtype: torch.dtype, width: int, intermediate: int) -> float:

@@ -9,25 +9,37 @@ import typer
 
 
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(metavar="IN.npz", help="A checkpoint of the original code.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="IN", help="Weights of open_clip, timm, big_vision (.npz) or an image tower: a file, or a folder."
+        ),
+    ],
     output: Annotated[Path | None, typer.Argument(hidden=True)] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder to write.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder to write; big_vision: the .npz.")] = None,
+    to: Annotated[
+        str | None, typer.Option(help="open_clip, timm (the image tower) or big_vision; IN is a checkpoint then.")
+    ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="Published checkpoint that it is; inferred from the shapes by default.")
+        str | None,
+        typer.Option(
+            help="What the model is, such as ViT-B-16-SigLIP2-256; inferred from files and shapes by default."
+        ),
     ] = None,
     tokenizer: Annotated[Path | None, typer.Option(help="The SentencePiece file that belongs to it.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; as in IN by default.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
 ) -> None:
-    """Turn a checkpoint of the original code into a folder that transformers loads."""
-    from siglip_hf.integrations.big_vision import convert_big_vision
+    """Turn weights of another library into a folder that transformers loads, or back."""
+    from siglip_hf.integrations.convert import convert_weights
 
     folder = _folder(out, output)
-    result = convert_big_vision(
-        checkpoint, folder, preset=preset, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite
+    result = convert_weights(
+        checkpoint, folder, to=to, preset=preset, tokenizer=tokenizer, dtype=dtype, overwrite=overwrite
     )
-    name = result.preset or "the shapes are those of no published checkpoint"
-    print(f"{folder}: {name}; {result.num_tensors} tensors, {result.num_parameters / 1e6:.1f} million parameters")
+    print(f"{folder}: {result.source} to {to or 'transformers'}, {result.parameters / 1e6:.1f} million parameters")
+    for note in result.notes:
+        print(f"  {note}")
 
 
 def export(

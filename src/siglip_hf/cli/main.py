@@ -107,7 +107,8 @@ _COMMANDS = (
         convert,
         (
             "siglip-hf convert siglip.npz --out siglip",
-            "siglip-hf convert siglip.npz --out siglip --preset google/siglip-base-patch16-224 --dtype bfloat16",
+            "siglip-hf convert open_clip_model.safetensors --out siglip2 --preset ViT-B-16-SigLIP2-256",
+            "siglip-hf convert tuned --to timm --out tuned-timm",
         ),
     ),
     (

@@ -56,7 +56,7 @@ class HeadClassifier:
         """What `__call__` returns, in one forward.
 
         Args:
-            inputs: pictures that `prepare` has made ready.
+            inputs: what `prepare` has made of each picture, `pixel_values` of (1, ...).
             top_k: only the best so many classes.
 
         Returns:

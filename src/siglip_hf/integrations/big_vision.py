@@ -6,12 +6,9 @@ The parameter tree is that of google-research/big_vision: `models/proj/image_tex
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import shutil
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +18,18 @@ import numpy as np
 import torch
 
 from siglip_hf.files import check_output_folder, new_folder
+from siglip_hf.integrations.checkpoint_files import (
+    abridged,
+    check_vocabulary,
+    checked_dtype,
+    write_image_processor,
+    write_tokenizer,
+)
 from siglip_hf.models.configuration_siglip import PRESETS, SiglipConfig
 from siglip_hf.models.configuration_siglip2 import NAFLEX_PRESETS, Siglip2Config
 from siglip_hf.models.modeling_siglip import SiglipModel
 from siglip_hf.models.modeling_siglip2 import Siglip2Model
 from siglip_hf.registration import register
-
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-# By its size the Gemma vocabulary of SigLIP 2 is told from SigLIP's (32,000 and 250,000).
-_GEMMA_VOCABULARY = 256_000
 
 # The tower's encoder in the original tree.
 _ENCODERS = {"img": "img/Transformer", "txt": "txt/Encoder_0"}
@@ -104,7 +103,7 @@ def convert_big_vision(
             vocabulary, and a folder that is not empty.
         OSError: If a file cannot be read or written.
     """
-    torch_dtype = _checked_dtype(dtype)
+    torch_dtype = checked_dtype(dtype)
     check_output_folder(output_folder, overwrite=overwrite, marker="config.json")
     config: Any = None if preset is None else _preset_config(preset)
     tree = _read_tree(Path(npz_path))
@@ -113,7 +112,7 @@ def convert_big_vision(
         preset = next((name for name in (*PRESETS, *NAFLEX_PRESETS) if _preset_fields(name) == fields), None)
         config = _config(fields) if preset is None else _preset_config(preset)
     if tokenizer is not None:
-        _check_vocabulary(Path(tokenizer), config)
+        check_vocabulary(Path(tokenizer), config)
 
     rules = _rules(config)
     _check_tree(tree, rules, Path(npz_path), preset)
@@ -124,22 +123,15 @@ def convert_big_vision(
     model = model_class.from_pretrained(None, config=config, state_dict=state_dict, dtype=torch_dtype)
     with new_folder(output_folder, overwrite=overwrite, marker="config.json") as folder:
         model.save_pretrained(folder)
-        _write_image_processor(folder, config)
+        write_image_processor(folder, config)
         if tokenizer is not None:
-            _write_tokenizer(folder, Path(tokenizer), config)
+            write_tokenizer(folder, Path(tokenizer), config)
     return Converted(
         folder=Path(output_folder),
         preset=preset,
         num_tensors=len(tree),
         num_parameters=sum(tensor.numel() for tensor in tree.values()),
     )
-
-
-def _checked_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    found = _DTYPES.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise ValueError(f"dtype={dtype!r} cannot be saved; give one of {', '.join(_DTYPES)}")
-    return found
 
 
 # --- Reading ---
@@ -158,7 +150,7 @@ def _read_tree(path: Path) -> dict[str, torch.Tensor]:
             else {name: tensor}
         )
         if twice := sorted(parts.keys() & tree.keys()):
-            raise ValueError(f"{path} holds {_abridged(twice)} twice, scanned and one by one")
+            raise ValueError(f"{path} holds {abridged(twice)} twice, scanned and one by one")
         tree.update(parts)
     return tree
 
@@ -220,7 +212,7 @@ def _fields(tree: _Tree) -> dict[str, dict[str, Any]]:
     if missing := [name for name in anchors if name not in tree]:
         raise ValueError(
             f"this is no SigLIP checkpoint of the original code: it has no {', '.join(missing)}. Its tensors are "
-            f"{_abridged(tree)}"
+            f"{abridged(tree)}"
         )
     for name, ranks in anchors.items():
         if tree[name].ndim not in ranks:
@@ -427,39 +419,15 @@ def _check_tree(tree: _Tree, rules: Iterable[_Rule], path: Path, preset: str | N
     leftover = [name for name in tree if name not in shapes]
     problems = []
     if missing := [name for name in shapes if name not in tree]:
-        problems.append(f"missing: {_abridged(missing)}")
+        problems.append(f"missing: {abridged(missing)}")
     if leftover:
-        problems.append(f"left over: {_abridged(leftover)}")
+        problems.append(f"left over: {abridged(leftover)}")
     if wrong:
-        problems.append(f"of a wrong shape: {_abridged(wrong)}")
+        problems.append(f"of a wrong shape: {abridged(wrong)}")
     if any(name.startswith("img/head/") for name in leftover):
         problems.append("(a model with a linear layer after the image tower, img/head, has no published counterpart)")
     if problems:
         raise ValueError(f"{path} does not fit {preset or 'a SigLIP model'}; {'; '.join(problems)}")
-
-
-def _abridged(names: Iterable[str]) -> str:
-    """Names in their order; those that differ in the block's number only are joined: `encoderblock_{0-11}`."""
-    numbers: dict[str, list[int]] = defaultdict(list)
-    for name in names:
-        match = re.search(r"encoderblock_(\d+)", name)
-        numbers[re.sub(r"encoderblock_\d+", "encoderblock_{}", name)] += [int(match[1])] if match else []
-    return ", ".join(
-        name.replace("encoderblock_{}", f"encoderblock_{_span(found)}") if found else name
-        for name, found in numbers.items()
-    )
-
-
-def _span(numbers: list[int]) -> str:
-    """[3] -> "3", [0, 1, 2, 5] -> "{0-2,5}"."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    parts = [f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
-    return parts[0] if len(numbers) == 1 else "{" + ",".join(parts) + "}"
 
 
 def _apply(rule: _Rule, tree: _Tree) -> torch.Tensor:
@@ -477,89 +445,33 @@ def _check_finite(state_dict: _Tree, tree: _Tree, rules: Iterable[_Rule]) -> Non
             )
 
 
-# --- Processor files ---
+def to_big_vision(state: _Tree, config: Any) -> dict[str, torch.Tensor]:
+    """The original code's tree of a model's parameters: the inverse of what `convert_big_vision` does.
 
+    Args:
+        state: parameters of a `SiglipModel` or `Siglip2Model` by their names here.
+        config: of the model.
 
-def _is_siglip2(config: Any) -> bool:
-    return config.model_type == "siglip2" or config.text_config.vocab_size == _GEMMA_VOCABULARY
-
-
-def _write_image_processor(folder: Path, config: Any) -> None:
-    vision = config.vision_config
-    settings: dict[str, Any] = {
-        "do_normalize": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": [0.5, 0.5, 0.5],
-        "image_std": [0.5, 0.5, 0.5],
-        # As published: SigLIP resizes pictures bicubically (3), SigLIP 2 bilinearly (2).
-        "resample": 2 if _is_siglip2(config) else 3,
-        "rescale_factor": 1 / 255,
-    }
-    if config.model_type == "siglip":
-        settings |= {"image_processor_type": "SiglipImageProcessor", "processor_class": "SiglipProcessor"}
-        settings["size"] = {"height": vision.image_size, "width": vision.image_size}
-    else:
-        settings |= {"image_processor_type": "Siglip2ImageProcessor", "processor_class": "Siglip2Processor"}
-        settings |= {"patch_size": vision.patch_size, "max_num_patches": vision.num_patches}
-    _write_json(folder / "preprocessor_config.json", settings)
-
-
-def _check_vocabulary(path: Path, config: Any) -> None:
-    from sentencepiece import SentencePieceProcessor
-
-    if not path.is_file():
-        raise ValueError(f"tokenizer={str(path)!r} is no file; give the SentencePiece model the checkpoint came with")
-    try:
-        pieces = SentencePieceProcessor(model_file=str(path)).get_piece_size()
-    except (RuntimeError, OSError) as error:
-        raise ValueError(f"tokenizer={str(path)!r} is no SentencePiece model: {error}") from error
-    if pieces != config.text_config.vocab_size:
-        raise ValueError(
-            f"the tokenizer {path} has {pieces} pieces, but the checkpoint embeds {config.text_config.vocab_size}: "
-            "it is not the one the model was trained with"
-        )
-
-
-def _write_tokenizer(folder: Path, path: Path, config: Any) -> None:
-    settings = {"model_max_length": config.text_config.max_position_embeddings, "model_input_names": ["input_ids"]}
-    if _is_siglip2(config):
-        _write_gemma_tokenizer(folder, path, settings)
-        return
-    shutil.copyfile(path, folder / "spiece.model")
-    settings |= {
-        "tokenizer_class": "SiglipTokenizer",
-        "processor_class": "SiglipProcessor",
-        "do_lower_case": True,
-        "eos_token": "</s>",
-        "pad_token": "</s>",
-        "unk_token": "<unk>",
-    }
-    _write_json(folder / "tokenizer_config.json", settings)
-
-
-def _write_gemma_tokenizer(folder: Path, path: Path, settings: dict[str, Any]) -> None:
-    # SigLIP 2 was trained on lowercased text that ends in <eos>, padded on the right.
-    from transformers.convert_slow_tokenizer import SentencePieceExtractor
-    from transformers.models.siglip2.tokenization_siglip2 import Siglip2Tokenizer
-
-    vocabulary: Any = SentencePieceExtractor(str(path)).extract(Siglip2Tokenizer.model)
-    vocabulary.pop("_spm_precompiled_charsmap")  # Gemma's text is not normalized
-    tokenizer = Siglip2Tokenizer(
-        **vocabulary,
-        add_bos_token=False,
-        add_eos_token=True,
-        padding_side="right",
-        **settings,
-    )
-    tokenizer.save_pretrained(folder)
-    shutil.copyfile(path, folder / "tokenizer.model")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    Returns:
+        Name in the tree -> tensor in the original's shape, such as (D, H, D / H) for a query's kernel.
+    """
+    # The pooling head's projections lie packed in the published checkpoints, which the rules are about.
+    packed = dict(state)
+    for kind in ("weight", "bias"):
+        names = [f"vision_model.head.attention.{name}_proj.{kind}" for name in "qkv"]
+        packed[f"vision_model.head.attention.in_proj_{kind}"] = torch.cat([packed.pop(name) for name in names])
+    found = {}
+    for rule in _rules(config):
+        for name, part in zip(rule.sources, packed.pop(rule.target).chunk(len(rule.sources)), strict=True):
+            if rule.convert is _convolution:
+                part = part.permute(2, 3, 1, 0)
+            elif rule.convert in (_from_input, _to_output):
+                part = part.T
+            found[name] = part.reshape(rule.shape)
+    assert not packed, sorted(packed)
+    return found
 
 
 convert = convert_big_vision  # its name in version 0.1
 
-__all__ = ["Converted", "convert", "convert_big_vision"]
+__all__ = ["Converted", "convert", "convert_big_vision", "to_big_vision"]
