@@ -1,6 +1,7 @@
 """After `import siglip_hf` every Auto class gives our classes for SigLIP, and stock's for everything else."""
 
 import importlib
+import pkgutil
 import subprocess
 import sys
 import textwrap
@@ -273,6 +274,8 @@ def test_the_stub_is_the_table():
         names = [line.split(" as ")[1] for line in lines if line.startswith("from ")]
         assert module.__all__ == names
         assert len(set(names)) == len(names) > 7
+        # A module of the name would stand in its place as soon as anything imports that module.
+        assert set(names) & {found.name for found in pkgutil.iter_modules(module.__path__)} == set()
         for name in names:
             assert getattr(module, name) is not None
         with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):

@@ -172,7 +172,7 @@ def _run(is_ready: Any, line: list[str], said: str) -> None:
     from siglip_hf.cli.main import main as command_line
     from siglip_hf.data import store
 
-    for name in {"train": ["training.run", "training.trainer"], "index": ["search.index_source"]}.get(
+    for name in {"train": ["training.run", "training.trainer"], "index": ["search.sources_to_index"]}.get(
         line[0], ["data.embedder"]
     ):
         importlib.import_module(f"siglip_hf.{name}")

@@ -486,7 +486,7 @@ class TestSearch:
         assert asked == [60, 60, 1, 1]
 
     def test_an_index_of_texts_is_shown_as_a_list(self, tmp_path):
-        index_source = pytest.importorskip("siglip_hf.search.index_source").index_source
+        index_source = pytest.importorskip("siglip_hf.search.sources_to_index").index_source
         (tmp_path / "captions.txt").write_text("a cat\na rocket\na <b>pizza</b>\n")
         index_source([str(tmp_path / "captions.txt")], tmp_path / "texts.idx")
         index = search.open_index(tmp_path / "texts.idx")

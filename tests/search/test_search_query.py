@@ -67,6 +67,12 @@ def test_the_index_is_a_public_name(index):
     assert index.origin.dimension == 4
 
 
+@pytest.mark.parametrize(("model", "shown"), [("google/siglip", "google/siglip"), ("/data/checkpoints/tuned", "tuned")])
+def test_repr_tells_size_content_kind_and_model(tmp_path, model, shown):
+    build_index(Origin(model, "0" * 64, 4, "text"), [(rows(range(5)), VECTORS)], tmp_path / "idx")
+    assert repr(SearchIndex.open(tmp_path / "idx")) == f"SearchIndex(5 texts, flat, {shown})"
+
+
 def test_words_find_pictures_with_cosine_and_probability(index):
     hits = index.search("red car", k=3)
     assert numbers(hits)[0] == 1

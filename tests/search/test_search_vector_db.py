@@ -8,8 +8,8 @@ pytest.importorskip("pyarrow")
 
 from search_data import DIMENSION, clustered
 from siglip_hf.data.store import EmbeddingStore, EmbeddingWriter, Manifest
-from siglip_hf.search.index_source import export_source, index_embeddings
 from siglip_hf.search.query import SearchIndex
+from siglip_hf.search.sources_to_index import export_source, index_embeddings
 from siglip_hf.search.vector_db import open_table
 
 VECTORS = clustered(60, centres=60)
@@ -61,6 +61,7 @@ def test_a_table_answers_as_an_index_does(database, tmp_path):
     index_embeddings(EmbeddingStore.open(embeddings), tmp_path / "idx")
     table, folder = opened(f"{database}:{tmp_path}/db/pictures"), opened(tmp_path / "idx")
     assert len(table) == 60
+    assert repr(table) == repr(folder).replace("flat", database)
     assert table.origin == folder.origin
     for options in ({}, {"path_filter": "*/odd/*"}, {"path_filter": "it's 1?.png"}, {"path_filter": "nothing"}):
         ours = folder.search(image=VECTORS[7], k=5, **options)

@@ -91,7 +91,7 @@ def demo_index(on_progress: Callable[[str], None] = lambda stage: None) -> str:
     """The folder of an index of the demo's pictures, built if it is not there."""
     from siglip_hf.loading import default_checkpoint
     from siglip_hf.search.index import IndexFolder
-    from siglip_hf.search.index_source import index_source
+    from siglip_hf.search.sources_to_index import index_source
 
     # An index holds absolute paths and belongs to one model: another version or place of the package needs its own.
     key = sha256([f"{__version__} {page.demo_folder()} {default_checkpoint()}".encode()])[:12]

@@ -56,8 +56,8 @@ def index(
     ] = None,
 ) -> int:
     """Make an index that `siglip-hf search` asks, of embeddings or straight from pictures."""
-    from siglip_hf.search.index_source import index_source
     from siglip_hf.search.kinds import parse_bytes
+    from siglip_hf.search.sources_to_index import index_source
 
     note = embedded_note(model)
     options: dict[str, Any] = {
@@ -78,7 +78,7 @@ def index(
             progress.update(task, completed=done, total=total)
 
         if to is not None:
-            from siglip_hf.search.index_source import export_source
+            from siglip_hf.search.sources_to_index import export_source
 
             exported = export_source(source, to, out, on_embedded=on_embedded, **options)
             errors, unused, name = exported.errors, exported.unused, f"{to}:{out}"

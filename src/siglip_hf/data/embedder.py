@@ -56,12 +56,6 @@ _IMAGE_SETTINGS = (
 class SiglipEmbedder:
     """Embeds pictures and texts with a SigLIP or SigLIP 2 checkpoint, NaFlex included.
 
-    Examples:
-        >>> embedder = SiglipEmbedder()
-        >>> pictures = embedder.embed_images("photos/")  # (N, D)
-        >>> texts = embedder.embed_texts(["a cat", "a dog"])  # (2, D)
-        >>> cosines = pictures @ texts.T
-
     Attributes:
         name: the checkpoint, as it was given.
         model: the model, in evaluation mode on `device`.
@@ -70,6 +64,14 @@ class SiglipEmbedder:
         dtype: what they compute in.
         batch_size: pictures or texts in one forward.
         workers: threads that read and decode.
+
+    Examples:
+        >>> from siglip_hf import SiglipEmbedder
+        >>> embedder = SiglipEmbedder()  # or SiglipEmbedder("google/siglip2-base-patch16-224")
+        >>> pictures = embedder.embed_images("drawings")  # (24, D)
+        >>> texts = embedder.embed_texts(["a cat", "a dog"])  # (2, D)
+        >>> (pictures @ texts.T).shape  # cosines
+        (24, 2)
     """
 
     def __init__(

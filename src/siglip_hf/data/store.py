@@ -164,14 +164,17 @@ class Manifest:
 class EmbeddingStore:
     """A finished folder of embeddings, for reading.
 
-    Examples:
-        >>> store = EmbeddingStore.open("photos.emb")
-        >>> for rows, vectors in store.iter_batches():
-        ...     index.add_with_ids(vectors, ...)
-
     Attributes:
         path: the folder.
         manifest: what it holds.
+
+    Examples:
+        >>> from siglip_hf.search import EmbeddingStore, embed_source
+        >>> made = embed_source("drawings", "drawings.emb")
+        >>> store = EmbeddingStore.open("drawings.emb")
+        >>> for rows, vectors in store.iter_batches():
+        ...     print(rows.num_rows, vectors.shape)
+        24 (24, 192)
     """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:

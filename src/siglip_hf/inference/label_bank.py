@@ -118,6 +118,18 @@ class LabelBank:
         chunk_size: texts per forward of the text tower.
         store: where rows are kept on disk besides.
         texts_encoded: how many texts went through the text tower so far.
+
+    Examples:
+        >>> from siglip_hf import SiglipModel, SiglipTokenizer, default_checkpoint
+        >>> from siglip_hf.inference.label_bank import LabelBank
+        >>> model = SiglipModel.from_pretrained(default_checkpoint())
+        >>> bank = LabelBank(model, SiglipTokenizer.from_pretrained(default_checkpoint()))
+        >>> bank.class_embeddings(["cat", "dog"], ["a drawing of a {}"]).shape
+        torch.Size([2, 192])
+        >>> bank.class_embeddings(["dog", "cat"], ["a drawing of a {}"]).shape
+        torch.Size([2, 192])
+        >>> bank.texts_encoded  # none of them twice
+        2
     """
 
     def __init__(

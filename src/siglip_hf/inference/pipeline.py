@@ -70,6 +70,13 @@ class SiglipZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipel
     Each label goes through the text tower once in the life of the pipeline (see `LabelBank`); a second picture, batch
     or call costs the image tower only. With `label_bank="FOLDER"` labels are kept there too, for every process that
     names the folder (see `LabelStore`).
+
+    Examples:
+        >>> import siglip_hf
+        >>> from transformers import pipeline
+        >>> classify = pipeline("zero-shot-image-classification", model=siglip_hf.default_checkpoint())
+        >>> classify("drawings/cat.png", candidate_labels="cat, dog")[0]["label"]
+        'cat'
     """
 
     # What a pipeline of this class always has; transformers declares them optional, and a module's parameters vaguely.

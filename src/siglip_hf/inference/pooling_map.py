@@ -34,6 +34,14 @@ def pooling_attention(model: SiglipModel, inputs: Mapping[str, Any]) -> list[tor
 
     Raises:
         ValueError: if the model has no pooling head.
+
+    Examples:
+        >>> import siglip_hf
+        >>> model = siglip_hf.SiglipModel.from_pretrained(siglip_hf.default_checkpoint())
+        >>> processor = siglip_hf.SiglipImageProcessor.from_pretrained(siglip_hf.default_checkpoint())
+        >>> (attention,) = siglip_hf.pooling_attention(model, processor("drawings/cat.png", return_tensors="pt"))
+        >>> attention.shape  # rows and columns of patches
+        torch.Size([4, 4])
     """
     tower: Any = getattr(model, "vision_model", model)
     if not getattr(tower, "use_head", False):

@@ -24,7 +24,12 @@ def lora_config(model: Any, **options: Any) -> LoraConfig:
             have. PEFT would leave both frozen.
 
     Examples:
+        >>> import peft
+        >>> import siglip_hf
+        >>> model = siglip_hf.SiglipModel.from_pretrained(siglip_hf.default_checkpoint())
         >>> model = peft.get_peft_model(model, siglip_hf.lora_config(model, r=8))
+        >>> model.get_nb_trainable_parameters()[0]
+        122880
     """
     try:
         from peft import LoraConfig

@@ -69,6 +69,13 @@ def sigmoid_loss(
         the derivatives of the sum of what the W processes return, as with `torch.distributed.nn`. Gradients of
         `logit_scale` and `logit_bias` are those of the returned value, the same on each process. The mean over
         processes, which DDP and FSDP take, is therefore the exact gradient of the global loss for every parameter.
+
+    Examples:
+        >>> import torch
+        >>> from siglip_hf import sigmoid_loss
+        >>> images, texts = torch.eye(4), torch.eye(4)  # four pairs, each unlike the others
+        >>> round(sigmoid_loss(images, texts, torch.tensor(10.0).log(), torch.tensor(-10.0)).item(), 4)
+        0.6933
     """
     problem = _describe_problem(image_embeds, text_embeds, positives)
     if group is None:

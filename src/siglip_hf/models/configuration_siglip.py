@@ -132,6 +132,11 @@ class SiglipTextConfig(_SiglipTowerConfig):
         bos_token_id: Unused by the model; published configurations carry an id outside the vocabulary.
         eos_token_id: Unused by the model, likewise.
         projection_size: Width E of the embedding. Defaults to `hidden_size`.
+
+    Examples:
+        >>> from siglip_hf import SiglipTextConfig
+        >>> SiglipTextConfig(num_hidden_layers=2).max_position_embeddings
+        64
     """
 
     model_type = "siglip_text_model"
@@ -182,6 +187,12 @@ class SiglipVisionConfig(_SiglipTowerConfig):
         layer_norm_eps: Epsilon of the layer norms.
         attention_dropout: Dropout probability of the attention weights, in training only.
         vision_use_head: Whether the tower ends in the attention-pooling head.
+
+    Examples:
+        >>> from siglip_hf import SiglipVisionConfig
+        >>> config = SiglipVisionConfig(image_size=384)
+        >>> (config.image_size // config.patch_size) ** 2  # patches
+        576
     """
 
     model_type = "siglip_vision_model"
@@ -221,6 +232,12 @@ class SiglipConfig(_SiglipConfigMixin, PreTrainedConfig):
         text_config: Configuration of the text tower, or its fields as a dict.
         vision_config: Configuration of the vision tower, or its fields as a dict.
         initializer_factor: Factor on the initial scale of a new classification layer.
+
+    Examples:
+        >>> from siglip_hf import SiglipConfig
+        >>> config = SiglipConfig.from_preset("siglip-so400m-patch14-384")
+        >>> config.vision_config.image_size, config.text_config.max_position_embeddings
+        (384, 64)
     """
 
     model_type = "siglip"

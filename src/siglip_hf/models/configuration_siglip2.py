@@ -22,7 +22,13 @@ from siglip_hf.models.configuration_siglip import (
 
 @strict
 class Siglip2TextConfig(SiglipTextConfig):
-    """Configuration of the text tower: SigLIP's, field by field."""
+    """Configuration of the text tower: SigLIP's, field by field.
+
+    Examples:
+        >>> from siglip_hf import Siglip2TextConfig
+        >>> Siglip2TextConfig(vocab_size=256_000).max_position_embeddings
+        64
+    """
 
     model_type = "siglip2_text_model"
 
@@ -44,6 +50,11 @@ class Siglip2VisionConfig(_SiglipTowerConfig):
         layer_norm_eps: Epsilon of the layer norms.
         attention_dropout: Dropout probability of the attention weights, in training only.
         vision_use_head: Whether the tower ends in the attention-pooling head.
+
+    Examples:
+        >>> from siglip_hf import Siglip2VisionConfig
+        >>> Siglip2VisionConfig().num_patches  # learned positions, resized to the grid of each picture
+        256
     """
 
     model_type = "siglip2_vision_model"
@@ -88,6 +99,11 @@ class Siglip2Config(SiglipConfig):
         text_config: Configuration of the text tower, or its fields as a dict.
         vision_config: Configuration of the vision tower, or its fields as a dict.
         initializer_factor: Factor on the initial scale of a new classification layer.
+
+    Examples:
+        >>> from siglip_hf import Siglip2Config
+        >>> Siglip2Config(text_config={"num_hidden_layers": 2}).text_config.num_hidden_layers
+        2
     """
 
     model_type = "siglip2"

@@ -75,7 +75,15 @@ class SiglipAttentionPoolingHead(SiglipPreTrainedModel):
 
 
 class SiglipTextModel(SiglipPreTrainedModel):
-    """The text tower."""
+    """The text tower.
+
+    Examples:
+        >>> from siglip_hf import SiglipTextModel, SiglipTokenizer, default_checkpoint
+        >>> tower = SiglipTextModel.from_pretrained(default_checkpoint())
+        >>> tokenizer = SiglipTokenizer.from_pretrained(default_checkpoint())
+        >>> tower(**tokenizer(["a cat", "two dogs"], return_tensors="pt")).pooler_output.shape
+        torch.Size([2, 192])
+    """
 
     config: SiglipTextConfig  # type: ignore[assignment]
     input_modalities = ["text"]  # noqa: RUF012
@@ -160,7 +168,16 @@ class SiglipTextModel(SiglipPreTrainedModel):
 
 
 class SiglipVisionModel(SiglipPreTrainedModel):
-    """The vision tower, also for use inside vision-language models."""
+    """The vision tower, also for use inside vision-language models.
+
+    Examples:
+        >>> from siglip_hf import SiglipImageProcessor, SiglipVisionModel, default_checkpoint
+        >>> tower = SiglipVisionModel.from_pretrained(default_checkpoint())
+        >>> processor = SiglipImageProcessor.from_pretrained(default_checkpoint())
+        >>> outputs = tower(**processor("drawings/cat.png", return_tensors="pt"))
+        >>> outputs.pooler_output.shape, outputs.last_hidden_state.shape  # the picture; its 4 x 4 patches
+        (torch.Size([1, 192]), torch.Size([1, 16, 192]))
+    """
 
     config: SiglipVisionConfig  # type: ignore[assignment]
     input_modalities = ["image"]  # noqa: RUF012
@@ -221,7 +238,20 @@ class SiglipVisionModel(SiglipPreTrainedModel):
 
 
 class SiglipModel(SiglipPreTrainedModel):
-    """Two towers that meet in one sigmoid: the probability that a text describes an image."""
+    """Two towers that meet in one sigmoid: the probability that a text describes an image.
+
+    Examples:
+        >>> import torch
+        >>> from siglip_hf import SiglipModel, SiglipProcessor, default_checkpoint
+        >>> model = SiglipModel.from_pretrained(default_checkpoint(), dtype=torch.float32).eval()
+        >>> processor = SiglipProcessor.from_pretrained(default_checkpoint())
+        >>> with torch.no_grad():
+        ...     pictures = processor(images=["drawings/cat.png", "drawings/key.png"], return_tensors="pt")
+        ...     images = model.encode_image(**pictures)
+        ...     texts = model.encode_text(**processor(text=["a cat", "a key"], return_tensors="pt"))
+        >>> (images @ texts.T).argmax(dim=1)  # cosines (2, 2): the best text of each picture
+        tensor([0, 1])
+    """
 
     config: SiglipConfig
     _text_class: type[SiglipTextModel] = SiglipTextModel
@@ -416,7 +446,15 @@ class SiglipModel(SiglipPreTrainedModel):
 
 
 class SiglipForImageClassification(SiglipPreTrainedModel):
-    """The vision tower with a linear layer on the mean of its tokens, or with the head that `siglip_hf.learn` made."""
+    """The vision tower with a linear layer on the mean of its tokens, or with the head that `siglip_hf.learn` made.
+
+    Examples:
+        >>> from siglip_hf import SiglipForImageClassification, SiglipImageProcessor, default_checkpoint
+        >>> model = SiglipForImageClassification.from_pretrained(default_checkpoint(), num_labels=3)  # a new layer
+        >>> processor = SiglipImageProcessor.from_pretrained(default_checkpoint())
+        >>> model(**processor("drawings/cat.png", return_tensors="pt")).logits.shape
+        torch.Size([1, 3])
+    """
 
     config: SiglipConfig
     input_modalities = ["image"]  # noqa: RUF012

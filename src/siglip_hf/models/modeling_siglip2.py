@@ -114,13 +114,29 @@ class Siglip2AttentionPoolingHead(SiglipAttentionPoolingHead):
 
 
 class Siglip2TextModel(SiglipTextModel, Siglip2PreTrainedModel):
-    """The text tower: SigLIP's, under the type that NaFlex configurations name."""
+    """The text tower: SigLIP's, under the type that NaFlex configurations name.
+
+    Examples:
+        >>> from siglip_hf import Siglip2TextModel, Siglip2Tokenizer, naflex_checkpoint
+        >>> tower = Siglip2TextModel.from_pretrained(naflex_checkpoint())
+        >>> tokenizer = Siglip2Tokenizer.from_pretrained(naflex_checkpoint())
+        >>> tower(**tokenizer(["a cat", "two dogs"], return_tensors="pt")).pooler_output.shape
+        torch.Size([2, 192])
+    """
 
     config: Siglip2TextConfig  # type: ignore[assignment]
 
 
 class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
-    """The NaFlex vision tower, also for use inside vision-language models."""
+    """The NaFlex vision tower, also for use inside vision-language models.
+
+    Examples:
+        >>> from siglip_hf import Siglip2ImageProcessor, Siglip2VisionModel, naflex_checkpoint
+        >>> tower = Siglip2VisionModel.from_pretrained(naflex_checkpoint())
+        >>> processor = Siglip2ImageProcessor.from_pretrained(naflex_checkpoint())
+        >>> tower(**processor("drawings/cat.png", return_tensors="pt")).pooler_output.shape
+        torch.Size([1, 192])
+    """
 
     config: Siglip2VisionConfig  # type: ignore[assignment]
 
@@ -262,7 +278,19 @@ class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
 
 
 class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
-    """Two towers that meet in one sigmoid, the vision tower being a NaFlex one."""
+    """Two towers that meet in one sigmoid, the vision tower being a NaFlex one.
+
+    Examples:
+        >>> import torch
+        >>> from siglip_hf import Siglip2Model, Siglip2Processor, naflex_checkpoint
+        >>> model = Siglip2Model.from_pretrained(naflex_checkpoint(), dtype=torch.float32).eval()
+        >>> processor = Siglip2Processor.from_pretrained(naflex_checkpoint())
+        >>> with torch.no_grad():
+        ...     images = model.encode_image(["drawings/cat.png", "drawings/rocket.png"], max_num_patches=[16, 64])
+        ...     texts = model.encode_text(**processor(text=["a cat", "a rocket"], return_tensors="pt"))
+        >>> (images @ texts.T).shape  # cosines
+        torch.Size([2, 2])
+    """
 
     config: Siglip2Config
     base_model_prefix = "siglip2"
@@ -433,7 +461,15 @@ class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
 
 
 class Siglip2ForImageClassification(SiglipForImageClassification, Siglip2PreTrainedModel):
-    """The NaFlex vision tower with a linear layer on the mean of its tokens, or with a head of `siglip_hf.learn`."""
+    """The NaFlex vision tower with a linear layer on the mean of its tokens, or with a head of `siglip_hf.learn`.
+
+    Examples:
+        >>> from siglip_hf import Siglip2ForImageClassification, Siglip2ImageProcessor, naflex_checkpoint
+        >>> model = Siglip2ForImageClassification.from_pretrained(naflex_checkpoint(), num_labels=3)  # a new layer
+        >>> processor = Siglip2ImageProcessor.from_pretrained(naflex_checkpoint())
+        >>> model(**processor("drawings/cat.png", return_tensors="pt")).logits.shape
+        torch.Size([1, 3])
+    """
 
     config: Siglip2Config
 

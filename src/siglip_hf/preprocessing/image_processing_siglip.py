@@ -202,9 +202,10 @@ class SiglipImageProcessor(SiglipImageProcessorBase, PilBackend):
     The arguments of `preprocess` are also those of the constructor, where they set the defaults.
 
     Examples:
+        >>> from siglip_hf import SiglipImageProcessor
         >>> processor = SiglipImageProcessor(size={"height": 384, "width": 384})
-        >>> processor("cat.jpg", return_tensors="pt").pixel_values.shape
-        torch.Size([1, 3, 384, 384])
+        >>> processor(["drawings/cat.png", "drawings/key.png"], return_tensors="pt").pixel_values.shape
+        torch.Size([2, 3, 384, 384])
     """
 
     def _preprocess(  # type: ignore[override]

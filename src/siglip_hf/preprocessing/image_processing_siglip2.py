@@ -212,9 +212,11 @@ class Siglip2ImageProcessor(Siglip2ImageProcessorBase, SiglipImageProcessor):
     The arguments of `preprocess` are also those of the constructor, where they set the defaults.
 
     Examples:
-        >>> processor = Siglip2ImageProcessor(max_num_patches=1024)
-        >>> processor("panorama.jpg", return_tensors="pt").spatial_shapes
-        tensor([[16, 62]])
+        >>> from siglip_hf import Siglip2ImageProcessor
+        >>> processor = Siglip2ImageProcessor(max_num_patches=256)
+        >>> inputs = processor("drawings/cat.png", return_tensors="pt")
+        >>> inputs["pixel_values"].shape, inputs["spatial_shapes"].tolist()  # 16 x 16 patches of 16 x 16 pixels
+        (torch.Size([1, 256, 768]), [[16, 16]])
     """
 
     def _preprocess(  # type: ignore[override]

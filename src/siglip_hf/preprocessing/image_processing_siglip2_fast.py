@@ -33,9 +33,10 @@ class Siglip2ImageProcessorFast(Siglip2ImageProcessorBase, SiglipImageProcessorF
     `device` and `return_tensors`, see `SiglipImageProcessorFast`.
 
     Examples:
-        >>> processor = Siglip2ImageProcessorFast(max_num_patches=1024)
-        >>> processor(["cat.jpg", "dog.png"], return_tensors="pt", max_num_patches=[1024, 256]).pixel_values.shape
-        torch.Size([2, 1024, 768])
+        >>> from siglip_hf import Siglip2ImageProcessorFast
+        >>> processor = Siglip2ImageProcessorFast(max_num_patches=256)
+        >>> processor("drawings/cat.png", return_tensors="pt", max_num_patches=64)["spatial_shapes"].tolist()
+        [[8, 8]]
     """
 
     def _preprocess(  # type: ignore[override]

@@ -44,8 +44,9 @@ class SiglipImageProcessorFast(SiglipImageProcessorBase):
     list of tensors.
 
     Examples:
+        >>> from siglip_hf import SiglipImageProcessorFast
         >>> processor = SiglipImageProcessorFast(size={"height": 384, "width": 384})
-        >>> processor(["cat.jpg", "dog.png"], return_tensors="pt", device="cuda").pixel_values.shape
+        >>> processor(["drawings/cat.png", "drawings/key.png"], return_tensors="pt", device="cpu").pixel_values.shape
         torch.Size([2, 3, 384, 384])
     """
 

@@ -54,10 +54,11 @@ class SiglipProcessor(ProcessorMixin):
         tokenizer: a `SiglipTokenizer` or `SiglipTokenizerFast`.
 
     Examples:
-        >>> processor = SiglipProcessor.from_pretrained(siglip_hf.default_checkpoint())
-        >>> inputs = processor(images="cat.jpg", text=["a cat", "a dog"], return_tensors="pt")
+        >>> from siglip_hf import SiglipProcessor, default_checkpoint
+        >>> processor = SiglipProcessor.from_pretrained(default_checkpoint())
+        >>> inputs = processor(images="drawings/cat.png", text=["a cat", "a dog"], return_tensors="pt")
         >>> inputs["pixel_values"].shape, inputs["input_ids"].shape
-        (torch.Size([1, 3, 224, 224]), torch.Size([2, 64]))
+        (torch.Size([1, 3, 64, 64]), torch.Size([2, 16]))
     """
 
     # The lowest-ranking options of the tokenizer; transformers looks for them under this name.

@@ -21,10 +21,11 @@ class Siglip2Processor(SiglipProcessor):
         tokenizer: A `Siglip2Tokenizer`.
 
     Examples:
-        >>> processor = AutoProcessor.from_pretrained("google/siglip2-base-patch16-naflex")
-        >>> inputs = processor(images="cat.jpg", text=["a cat", "a dog"], return_tensors="pt", max_num_patches=1024)
-        >>> inputs["pixel_values"].shape, inputs["input_ids"].shape
-        (torch.Size([1, 1024, 768]), torch.Size([2, 64]))
+        >>> from siglip_hf import Siglip2Processor, naflex_checkpoint
+        >>> processor = Siglip2Processor.from_pretrained(naflex_checkpoint())
+        >>> inputs = processor(images="drawings/cat.png", text=["a cat", "a dog"], return_tensors="pt")
+        >>> inputs["pixel_values"].shape, inputs["spatial_shapes"].tolist(), inputs["input_ids"].shape
+        (torch.Size([1, 64, 768]), [[8, 8]], torch.Size([2, 64]))
     """
 
     def check_fits(self, model_or_config: Any, **kwargs: Any) -> None:  # type: ignore[override]

@@ -29,6 +29,7 @@ def label_words(label: str) -> str:
     punctuation, so that "hot_air_balloon" would become one word.
 
     Examples:
+        >>> from siglip_hf.preprocessing.text_cleaning import label_words
         >>> label_words("hot_air_balloon")
         'hot air balloon'
     """
@@ -55,6 +56,7 @@ def canonicalize_text(
         The canonical text: runs of white space, as of `str.isspace`, are one space, and there is none at the ends.
 
     Examples:
+        >>> from siglip_hf import canonicalize_text
         >>> canonicalize_text("A photo of  {}, isn't it?", keep_punctuation_exact_string="{}")
         'a photo of {} isnt it'
     """

@@ -45,9 +45,12 @@ class SiglipTokenizer(SiglipTokenization, SentencePieceBackend):
         **kwargs: As of every tokenizer of transformers.
 
     Examples:
-        >>> tokenizer = SiglipTokenizer.from_pretrained("google/siglip-base-patch16-224")
-        >>> tokenizer(["a cat", "two dogs"], return_tensors="pt").input_ids.shape
-        torch.Size([2, 64])
+        >>> from siglip_hf import SiglipTokenizer, default_checkpoint
+        >>> tokenizer = SiglipTokenizer.from_pretrained(default_checkpoint())
+        >>> tokenizer(["A cat.", "two dogs"], return_tensors="pt").input_ids.shape  # padded to the checkpoint's length
+        torch.Size([2, 16])
+        >>> tokenizer.decode(tokenizer("A cat.").input_ids, skip_special_tokens=True)
+        'a cat'
     """
 
     vocab_files_names = VOCAB_FILES_NAMES

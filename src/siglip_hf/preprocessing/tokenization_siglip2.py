@@ -44,7 +44,8 @@ class Siglip2Tokenizer(StatelessTokenization):
         **kwargs: As of every tokenizer of transformers, e.g. `tokenizer_object`, a `tokenizers.Tokenizer`.
 
     Examples:
-        >>> tokenizer = AutoTokenizer.from_pretrained("google/siglip2-base-patch16-224")
+        >>> from siglip_hf import Siglip2Tokenizer, naflex_checkpoint
+        >>> tokenizer = Siglip2Tokenizer.from_pretrained(naflex_checkpoint())
         >>> tokenizer(["A Cat", "Ein Hund"], return_tensors="pt").input_ids.shape
         torch.Size([2, 64])
     """

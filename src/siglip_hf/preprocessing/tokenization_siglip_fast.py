@@ -53,7 +53,8 @@ class SiglipTokenizerFast(StatelessTokenization):
         **kwargs: As of every fast tokenizer of transformers.
 
     Examples:
-        >>> tokenizer = SiglipTokenizerFast.from_pretrained("google/siglip-base-patch16-224")
+        >>> from siglip_hf import SiglipTokenizerFast, default_checkpoint
+        >>> tokenizer = SiglipTokenizerFast.from_pretrained(default_checkpoint())
         >>> tokenizer("A cat", return_offsets_mapping=True, padding=False)["offset_mapping"]
         [(0, 1), (2, 5), (0, 0)]
     """

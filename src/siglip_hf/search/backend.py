@@ -42,9 +42,15 @@ class Neighbours:
 
 
 class Backend(Protocol):
-    """Where the vectors are: an index folder, or a table of a vector database."""
+    """Where the vectors are: an index folder, or a table of a vector database.
+
+    Attributes:
+        origin: what the vectors are.
+        kind: of index, such as "flat", or the name of the database.
+    """
 
     origin: Origin
+    kind: str
 
     def __len__(self) -> int: ...
 

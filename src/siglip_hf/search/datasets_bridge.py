@@ -28,12 +28,6 @@ def add_embeddings(
     The work is one `Dataset.map` in batches, so that it is cached as all maps are, and computed anew when the dataset,
     the model or the column changes.
 
-    Examples:
-        >>> embedder = SiglipEmbedder()
-        >>> dataset = add_embeddings(dataset, "image", embedder=embedder)
-        >>> dataset.add_faiss_index("embeddings")
-        >>> scores, examples = dataset.get_nearest_examples("embeddings", embedder.embed_texts("a red car")[0], k=5)
-
     Args:
         dataset: the dataset; not a `DatasetDict` (call this for each split) and not a stream.
         column: pictures (an `Image` feature, or paths) or texts.
@@ -49,6 +43,16 @@ def add_embeddings(
         ImportError: if `datasets` is not installed.
         PictureError: for the first picture that cannot be read.
         ValueError: if there is no such column, it holds neither, or a text is blank.
+
+    Examples:
+        >>> from datasets import Dataset
+        >>> from siglip_hf.search import SiglipEmbedder, add_embeddings
+        >>> embedder = SiglipEmbedder()
+        >>> dataset = Dataset.from_dict({"image": ["drawings/cat.png", "drawings/guitar.png"]})
+        >>> dataset = add_embeddings(dataset, "image", embedder=embedder)
+        >>> dataset = dataset.add_faiss_index("embeddings")
+        >>> dataset.get_nearest_examples("embeddings", embedder.embed_texts("a guitar")[0], k=1).examples["image"]
+        ['drawings/guitar.png']
     """
     from siglip_hf.data.embedder import SiglipEmbedder
 

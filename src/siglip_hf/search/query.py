@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -70,13 +71,18 @@ class Hit:
 class SearchIndex:
     """An index that can be asked.
 
-    Examples:
-        >>> index = SearchIndex.open("photos.idx")
-        >>> for hit in index.search("a red car", k=3):
-        ...     print(hit.path, hit.cosine, hit.probability)
-
     Attributes:
         backend: where the vectors are.
+
+    Examples:
+        >>> from siglip_hf import SearchIndex
+        >>> from siglip_hf.search import index_source
+        >>> made = index_source(["drawings"], "drawings.idx")  # or on the command line: siglip-hf index
+        >>> index = SearchIndex.open("drawings.idx")
+        >>> index
+        SearchIndex(24 images, flat, siglip-hf-pictures-64)
+        >>> [hit.id for hit in index.search("a rocket", k=1)]
+        ['rocket.png']
     """
 
     def __init__(
@@ -127,6 +133,12 @@ class SearchIndex:
     def __len__(self) -> int:
         """Rows that can be found."""
         return len(self.backend)
+
+    def __repr__(self) -> str:
+        """Size, what is indexed, the kind of index, and the model."""
+        model = self.origin.model
+        model = Path(model).name if os.path.isabs(model) else model
+        return f"SearchIndex({len(self):,} {self.origin.content}s, {self.backend.kind}, {model})"
 
     @property
     def origin(self) -> Origin:

@@ -95,6 +95,8 @@ def _origin(content: Any, name: str) -> Origin:
 class LanceTable:
     """A table of LanceDB."""
 
+    kind = "lancedb"
+
     def __init__(self, table: Any, origin: Origin) -> None:
         self.table, self.origin = table, origin
 
@@ -185,6 +187,8 @@ def _sql(text: str) -> str:
 
 class QdrantTable:
     """A collection of Qdrant: a folder of its local mode, or a server's address."""
+
+    kind = "qdrant"
 
     def __init__(self, client: Any, name: str, origin: Origin) -> None:
         self.client, self.name, self.origin = client, name, origin

@@ -102,6 +102,18 @@ class SiglipTrainer(Trainer):
 
     Raises:
         ValueError: For data without pairs, a processor that is not the model's, a stale store.
+
+    Examples:
+        >>> from siglip_hf import SiglipModel, SiglipProcessor, default_checkpoint
+        >>> from siglip_hf.training import SiglipTrainer, SiglipTrainingArguments
+        >>> model = SiglipModel.from_pretrained(default_checkpoint())
+        >>> trainer = SiglipTrainer(
+        ...     model,
+        ...     SiglipTrainingArguments("run", max_steps=1, per_device_train_batch_size=4),
+        ...     train_dataset="classes",  # a folder for each class; folders with captions and tables work too
+        ...     processing_class=SiglipProcessor.from_pretrained(default_checkpoint()),
+        ... )
+        >>> result = trainer.train()
     """
 
     args: SiglipTrainingArguments

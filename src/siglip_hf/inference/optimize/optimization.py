@@ -85,6 +85,12 @@ def optimize(model: Model, dtype: torch.dtype | None = None, *, int8: bool = Fal
 
     Raises:
         ValueError: For another dtype.
+
+    Examples:
+        >>> import siglip_hf
+        >>> model = siglip_hf.SiglipModel.from_pretrained(siglip_hf.default_checkpoint())
+        >>> siglip_hf.optimize(model).optimization.dtype in ("float32", "bfloat16")
+        True
     """
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype} is none to optimize for; pass torch.bfloat16, torch.float32 or None.")
