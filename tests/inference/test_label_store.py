@@ -58,7 +58,7 @@ def test_template_and_weights_are_part_of_the_key(loaded, tmp_path):
     assert bank.texts_encoded == 6
 
 
-def test_the_digest_tells_weights_settings_tokenizers_and_packing(checkpoint):
+def test_the_digest_tells_weights_settings_tokenizers_and_int8(checkpoint):
     def digest(change=lambda model, tokenizer: None):
         model, processor = load_checkpoint(checkpoint)
         change(model, processor.tokenizer)
@@ -73,18 +73,19 @@ def test_the_digest_tells_weights_settings_tokenizers_and_packing(checkpoint):
     def bfloat16(model, tokenizer):
         model.to(torch.bfloat16)
 
-    def packed(model, tokenizer):
-        optimize(model, torch.float32)
+    def int8(model, tokenizer):
+        optimize(model, torch.float32, int8=True)
         assert model.optimization.packed_blocks
 
     def packed_other_weight(model, tokenizer):
         model.text_model.encoder.layers[0].mlp.fc1.weight.data[-1, -1] += 1e-3
-        packed(model, tokenizer)
+        optimize(model, torch.float32)
+        assert model.optimization.packed_blocks
 
-    changes = [last_weight, epsilon, bfloat16, packed, packed_other_weight]
+    changes = [last_weight, epsilon, bfloat16, int8, packed_other_weight]
     plain, *others = digest(), *map(digest, changes)
     assert plain == digest()
-    assert digest(packed) == others[3]
+    assert digest(int8) == others[3]
     assert len({plain, *others}) == len(changes) + 1
     cased = AutoTokenizer.from_pretrained(checkpoint, do_lower_case=False)
     assert text_side_digest(load_checkpoint(checkpoint)[0], cased) not in (plain, *others)
@@ -200,3 +201,12 @@ def test_rows_that_the_caller_encodes(loaded):
         bank.class_embeddings(LABELS, TEMPLATES), reference.class_embeddings(LABELS, TEMPLATES), atol=1e-6, rtol=0
     )
     assert bank.texts_encoded == 2
+
+
+def test_packed_weights_are_the_same_weights(checkpoint):
+    model, processor = load_checkpoint(checkpoint)
+    plain = text_side_digest(model, processor.tokenizer)
+    optimize(model, model.dtype)
+    assert model.text_model.encoder.layers[0].packed is not None
+    assert text_side_digest(model, processor.tokenizer) == plain
+    assert model.text_model.encoder.layers[0].packed is not None  # reading has restored nothing

@@ -1,6 +1,7 @@
 """`siglip_hf.optimize`: the same embeddings as the plain model, and what it does where it cannot help."""
 
 import copy
+import pickle
 import platform
 import threading
 import types
@@ -16,7 +17,7 @@ import siglip_hf
 import tiny
 import tiny_siglip2
 from siglip_hf.inference.optimize import onednn, optimization, packed
-from siglip_hf.inference.optimize.packed import PackedEncoderLayer, is_packable
+from siglip_hf.inference.optimize.packed import PackedBlock, is_packable
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or platform.machine().lower() not in ("x86_64", "amd64"),
@@ -78,9 +79,9 @@ def test_long_sequences_are_attended_in_parts(model, monkeypatch):
 @pytest.fixture
 def rows(monkeypatch):
     """How many pictures or texts each call of a block took."""
-    forward, seen = PackedEncoderLayer._forward, []
+    forward, seen = PackedBlock._forward, []
     monkeypatch.setattr(
-        PackedEncoderLayer,
+        PackedBlock,
         "_forward",
         lambda self, states, *args: seen.append(len(states)) or forward(self, states, *args),
     )
@@ -270,8 +271,8 @@ def test_no_more_threads_than_cores(model, monkeypatch, threads):
 def test_a_model_whose_embeddings_change_is_put_back(model, monkeypatch):
     want = embed(model)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    forward = PackedEncoderLayer.forward
-    monkeypatch.setattr(PackedEncoderLayer, "forward", lambda self, states, *a, **k: -forward(self, states, *a, **k))
+    forward = PackedBlock.__call__
+    monkeypatch.setattr(PackedBlock, "__call__", lambda self, states, *a, **k: -forward(self, states, *a, **k))
     monkeypatch.setattr(optimization, "multiplies_bfloat16", lambda: True)
     siglip_hf.optimize(model)
     assert model.optimization.packed_blocks == 0
@@ -328,13 +329,13 @@ def test_a_product_that_oneDNN_refuses_leaves_the_plain_model(model, monkeypatch
     want, state = embed(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
     made = []
 
-    def pack(block, dtype, int8):
+    def pack(block, int8):
         made.append(block)
         if len(made) == 2:
             raise RuntimeError("could not create a primitive\nmore")
-        return PackedEncoderLayer(block, dtype, int8)
+        return PackedBlock(block, int8)
 
-    monkeypatch.setattr(optimization, "PackedEncoderLayer", pack)
+    monkeypatch.setattr(optimization, "PackedBlock", pack)
     siglip_hf.optimize(model, torch.float32)
     assert model.optimization.packed_blocks == 0
     assert "not in float32: could not create a primitive" in model.optimization.notes
@@ -442,25 +443,143 @@ def test_twice_is_once(model):
     assert siglip_hf.optimize(model).optimization is report
 
 
-# What an optimized model does not do
+# Whoever asks a packed model for more than it computes gets it
+
+ASKS = {
+    "gradients of the input": lambda model: (
+        model.vision_model(pixels(model).requires_grad_()).pooler_output.sum().backward()
+    ),
+    "gradients of a weight": lambda model: (
+        model.requires_grad_(True),
+        model.vision_model(pixels(model)).pooler_output.sum().backward(),
+    ),
+    "attention weights": lambda model: model.vision_model(pixels(model), output_attentions=True).attentions[0].shape,
+    "a state dict": lambda model: model.state_dict(),
+    "a weight": lambda model: model.vision_model.encoder.layers[0].mlp.fc1.weight.shape,
+    "parameters": lambda model: list(model.parameters()),
+    "float64": lambda model: model.double(),
+    "other weights": lambda model: model.load_state_dict(
+        {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    ),
+    "a hook": lambda model: (
+        model.vision_model.encoder.layers[0].mlp.fc1.register_forward_hook(lambda *args: None),
+        embed(model),
+    ),
+    "another part": lambda model: (
+        setattr(model.vision_model.encoder.layers[0], "mlp", torch.nn.Identity()),
+        embed(model),
+    ),
+    "autocast": lambda model: torch.autocast("cpu", dtype=torch.bfloat16)(embed)(model),
+    "a file": lambda model: pickle.dumps(model),
+    "parameters of a layer": lambda model: dict(model.vision_model.encoder.layers[0].self_attn.q_proj._parameters),
+}
 
 
-def test_no_gradients_no_saving_no_other_dtype(model, tmp_path):
+def pixels(model):
+    return tiny.tiny_inputs()["pixel_values"].to(model.dtype)
+
+
+def pairs():
+    return {name: value[:2] for name, value in tiny.tiny_inputs().items()}
+
+
+def packed_blocks(model):
+    return [block.packed is not None for block in model.vision_model.encoder.layers]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("ask", ASKS)
+def test_who_asks_for_more_gets_the_plain_block(model, ask, dtype):
+    model.to(dtype)
+    plain = copy.deepcopy(model)
+    siglip_hf.optimize(model, dtype)
+    assert packed_blocks(model) == [True, True]
+    with torch.inference_mode(not ask.startswith(("gradients", "float64"))):
+        ASKS[ask](model)
+    assert not packed_blocks(model)[0]
+    if ask == "another part":
+        return
+    for (name, ours), (_, theirs) in zip(model.named_parameters(), plain.named_parameters(), strict=True):
+        assert torch.equal(ours.to(theirs.dtype), theirs), name
+        assert not ours.is_inference()
+
+
+@pytest.mark.parametrize("ask", ["gradients of the input", "attention weights", "a state dict", "a weight", "float64"])
+def test_int8_has_no_weights_to_give(model, ask):
+    siglip_hf.optimize(model, torch.float32, int8=True)
+    with pytest.raises(ValueError, match="int8 no longer has its weights"):
+        ASKS[ask](model)
+
+
+def test_a_restored_model_trains_saves_and_packs_again(model, tmp_path):
+    inputs, plain = pairs(), copy.deepcopy(model)
     siglip_hf.optimize(model, torch.float32)
-    pixels = tiny.tiny_inputs()["pixel_values"]
-    assert not model.encode_image(pixels).requires_grad
-    with pytest.raises(ValueError, match="no gradients"):
-        model.encode_image(pixels.clone().requires_grad_())
-    with pytest.raises(ValueError, match="attention weights"):
-        model.vision_model(pixels, output_attentions=True)
-    with pytest.raises(ValueError, match="cannot be saved"):
-        model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="bfloat16"):
-        model.to(torch.bfloat16)
-    model.to("cpu")
-    model.float()
+    model.requires_grad_(True)
+    for each in (model, plain):
+        optimizer = torch.optim.SGD(each.parameters(), lr=0.1)
+        each(**inputs, return_loss=True).loss.backward()
+        optimizer.step()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    want = embed(model)
+    siglip_hf.optimize(model, torch.float32)
+    assert model.optimization.packed_blocks == 3
+    assert packed_blocks(model) == [True, True]
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(embed(siglip_hf.SiglipModel.from_pretrained(tmp_path)), want, atol=1e-6, rtol=0)
+
+
+def test_a_held_weight_stays_the_same_object_and_counts(model):
+    weight = model.vision_model.encoder.layers[0].mlp.fc1.weight
+    siglip_hf.optimize(model, torch.float32)
+    before = embed(model)[0]
+    assert packed_blocks(model) == [True, True]
+    with torch.no_grad():
+        weight.mul_(-1)
+    assert (embed(model)[0] - before).abs().max() > 1e-3
+    assert packed_blocks(model) == [False, True]
+    assert model.vision_model.encoder.layers[0].mlp.fc1.weight is weight
+
+
+def test_an_adapter_on_a_packed_model_is_at_work(model):
+    peft = pytest.importorskip("peft")
+    siglip_hf.optimize(model, torch.float32)
+    before = embed(model)[0]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    assert packed_blocks(model) == [False, False]
+    assert (embed(adapted.base_model.model)[0] - before).abs().max() > 1e-4
+
+
+def test_what_the_pipeline_packs_keeps_dtype_threads_and_gradients(model):
+    want, threads = embed(model), torch.get_num_threads()
+    assert optimization.pack(model)
+    assert model.optimization.packed_blocks == 3
+    assert torch.get_num_threads() == threads
+    torch.testing.assert_close(embed(model), want, atol=1e-5, rtol=0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not optimization.pack(model)  # once taken back it stays so
+
+
+@pytest.mark.parametrize("why", ["an optimizer", "a gradient", "a weight of float64", "optimized"])
+def test_what_is_in_use_is_not_packed(model, why):
+    held = []
+    if why == "an optimizer":
+        held.append(torch.optim.SGD(model.parameters(), lr=0.1))
+    elif why == "a gradient":
+        model(**pairs(), return_loss=True).loss.backward()
+    elif why == "optimized":
+        model.optimization = optimization.Optimization("float32", 1)
+    else:
+        model.double()
+    assert not optimization.pack(model)
+    assert packed_blocks(model) == [False, False]
 
 
 def test_a_copy_computes_the_same(model):
     siglip_hf.optimize(model, torch.float32)
-    assert torch.equal(embed(copy.deepcopy(model))[0], embed(model)[0])
+    copied = copy.deepcopy(model)
+    assert torch.equal(embed(copied)[0], embed(model)[0])
+    state = copied.state_dict()
+    assert packed_blocks(copied) == [False, False]
+    assert packed_blocks(model) == [True, True]
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())

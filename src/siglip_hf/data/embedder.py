@@ -17,7 +17,7 @@ from PIL import Image
 from siglip_hf.data.sources import Record, Source, open_source
 from siglip_hf.files import parse_json, sha256_of_files
 from siglip_hf.inference.label_bank import check_characters
-from siglip_hf.inference.optimize.optimization import multiplies_bfloat16, optimize
+from siglip_hf.inference.optimize import optimization
 from siglip_hf.loading import default_checkpoint, load_checkpoint, pick_device
 from siglip_hf.parallel import PIXELS, one_torch_thread, prefetch, usable_cores
 from siglip_hf.preprocessing.image_intake import load_picture
@@ -83,6 +83,7 @@ class SiglipEmbedder:
         batch_size: int = 64,
         fast: bool = True,
         workers: int | None = None,
+        optimize: bool | None = None,
     ) -> None:
         """Loads a checkpoint.
 
@@ -93,6 +94,7 @@ class SiglipEmbedder:
             batch_size: pictures or texts in one forward.
             fast: use `siglip_hf.optimize` on a CPU; the embeddings differ by rounding.
             workers: threads that read and decode; one per core by default.
+            optimize: the same as `fast`, by the name that the pipeline has for it.
 
         Raises:
             ValueError: if there is no such checkpoint, device or dtype, or the checkpoint is no SigLIP.
@@ -102,12 +104,12 @@ class SiglipEmbedder:
         self.name = os.fspath(model) if model is not None else default_checkpoint()
         self.device = pick_device(device)
         self.dtype = _dtype(dtype, self.device)
-        self.batch_size, self.fast = batch_size, fast
+        self.batch_size, self.fast = batch_size, fast if optimize is None else optimize
         self.workers = workers or usable_cores()
         self.model, self.processor = load_checkpoint(self.name, dtype=self.dtype, fast_pictures=True)
         self.model.to(self.device)
-        if fast and self.device.type == "cpu" and self.dtype != torch.float16:
-            optimize(self.model, self.dtype)
+        if self.fast and self.device.type == "cpu" and self.dtype != torch.float16:
+            optimization.optimize(self.model, self.dtype)
             self.dtype = self.model.dtype
 
     @classmethod
@@ -381,7 +383,7 @@ def _computes_in_bfloat16(device: torch.device) -> bool:
     """Whether the processor multiplies in bfloat16 itself, rather than by way of float32."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and multiplies_bfloat16()
+    return device.type == "cpu" and optimization.multiplies_bfloat16()
 
 
 def _weights_sha256(name: str) -> str:

@@ -10,7 +10,7 @@ import re
 import reprlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import nn
 
 from siglip_hf.files import sha256
 from siglip_hf.inference.label_store import LabelStore, text_side_digest
+from siglip_hf.inference.optimize.packed import weights_state
 from siglip_hf.preprocessing.text_cleaning import label_words
 
 #: Bound on the memory of a bank's rows; at E = 768 it holds about 87,000 classes.
@@ -174,6 +175,14 @@ class LabelBank:
             self._bytes = 0
             self._last = None
 
+    def repack(self, pack: Callable[[Any], Any]) -> None:
+        """Calls `pack(model)`, which stores the same weights in another form: what is remembered stays."""
+        with self._lock:
+            is_current = self._weights == weights_state(self.model.text_model)
+            pack(self.model)
+            if is_current:
+                self._weights = weights_state(self.model.text_model)
+
     @torch.no_grad()
     def class_embeddings(
         self,
@@ -235,7 +244,7 @@ class LabelBank:
         return (templates, repr(sorted(options.items()))), options
 
     def _forget_other_weights(self) -> None:
-        if (weights := self._weights_state()) != self._weights:
+        if (weights := weights_state(self.model.text_model)) != self._weights:
             self.clear()
             self._weights, self._digest = weights, None
 
@@ -307,13 +316,6 @@ class LabelBank:
     def _trained_text_form(self) -> dict[str, Any]:
         length = self.model.config.text_config.max_position_embeddings
         return {"padding": "max_length", "truncation": True, "max_length": length}
-
-    def _weights_state(self) -> tuple[Any, ...]:
-        """What changes when the text tower's weights do: place in memory, autograd's counter of writes, form."""
-        return tuple(
-            (p.data_ptr(), 0 if p.is_inference() else p._version, p.dtype, p.device)
-            for p in self.model.text_model.parameters()
-        )
 
 
 def _texts(label: str, templates: Sequence[str]) -> list[str]:

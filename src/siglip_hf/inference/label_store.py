@@ -21,7 +21,7 @@ from torch import nn
 from transformers.utils import logging
 
 from siglip_hf.files import sha256
-from siglip_hf.inference.optimize.packed import PackedEncoderLayer
+from siglip_hf.inference.optimize.packed import GivenUp
 
 logger = logging.get_logger(__name__)
 
@@ -177,11 +177,10 @@ def text_side_digest(model: Any, tokenizer: Any) -> str | None:
 
 def _weights(tower: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for name, module in tower.named_modules():
-        if isinstance(module, PackedEncoderLayer):
-            for place, tensor in enumerate(module.packed_tensors()):
-                yield f"{name}.packed{place}", tensor
-        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
-        yield from ((f"{name}.{own_name}", tensor) for own_name, tensor in own)
+        own: Any = module._parameters
+        own = own.tensors(module) if isinstance(own, GivenUp) else own
+        own = {**own, **module._buffers}
+        yield from ((f"{name}.{own_name}", tensor) for own_name, tensor in own.items() if tensor is not None)
 
 
 def _bytes(tensor: torch.Tensor) -> np.ndarray:

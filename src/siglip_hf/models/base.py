@@ -12,7 +12,7 @@ from transformers.utils import logging
 from siglip_hf.models.adapters import add_lora_targets
 from siglip_hf.models.checkpoint_kind import refuse_other_kind
 from siglip_hf.models.configuration_siglip import SiglipConfig
-from siglip_hf.models.layers import SiglipAttention, SiglipBlock
+from siglip_hf.models.layers import SiglipAttention, SiglipEncoderLayer
 from siglip_hf.models.quantization import drop_undotted_names, is_reversible, keep_4bit_layout
 
 logger = logging.get_logger(__name__)
@@ -36,7 +36,7 @@ class SiglipPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_record_outputs = {  # noqa: RUF012
-        "hidden_states": SiglipBlock,
+        "hidden_states": SiglipEncoderLayer,
         "attentions": SiglipAttention,
     }
 

@@ -228,12 +228,14 @@ class SiglipMLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
-class SiglipBlock(GradientCheckpointingLayer):
-    """A block of a tower, whatever it is made of; its output is one of the `hidden_states` that a tower returns."""
+class SiglipEncoderLayer(GradientCheckpointingLayer):
+    """A pre-norm Transformer block; its output is one of the `hidden_states` that a tower returns.
 
+    Attributes:
+        packed: What computes in its place without gradients, once `siglip_hf.optimize` has packed its weights.
+    """
 
-class SiglipEncoderLayer(SiglipBlock):
-    """A pre-norm Transformer block."""
+    packed: Any = None
 
     def __init__(self, config: SiglipTextConfig | SiglipVisionConfig):
         super().__init__()
@@ -251,6 +253,9 @@ class SiglipEncoderLayer(SiglipBlock):
         **kwargs,
     ) -> torch.Tensor:
         """Maps (B, S, D) to (B, S, D), or to (B, 1, D), the last position, with `last_token_only`."""
+        packed = self.packed  # once: another thread may have the weights restored
+        if packed is not None and packed.serves(hidden_states, kwargs.get("attn_implementation")):
+            return packed(hidden_states, attention_mask, last_token_only)
         attended, _ = self.self_attn(
             self.layer_norm1(hidden_states), attention_mask, last_token_only=last_token_only, **kwargs
         )

@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from siglip_hf.files import first_line
 from siglip_hf.inference.optimize import onednn
-from siglip_hf.inference.optimize.packed import PackedEncoderLayer, is_packable, linears, release
+from siglip_hf.inference.optimize.packed import PackedBlock, is_held, is_packable
 from siglip_hf.models.configuration_siglip import SiglipTextConfig, as_pair
 from siglip_hf.models.configuration_siglip2 import Siglip2VisionConfig
 from siglip_hf.models.layers import SiglipEncoder, SiglipEncoderLayer
@@ -66,11 +66,13 @@ def optimize(model: Model, dtype: torch.dtype | None = None, *, int8: bool = Fal
     products. Then it embeds a probe batch. If that differs from before by more than rounding (cosine below 0.9999 in
     bfloat16, 1e-5 in float32), it takes the next safer way: float32, at last the model as it was.
 
-    An optimized model gives embeddings and hidden states; it has no gradients, attention weights or state dict. What
-    cannot be packed (blocks with LoRA, quantized weights, hooks or offload; models on an accelerator) stays as it is,
-    and the report says so. Calling it again does nothing. Threads may call it for one model: the first does it, the
-    others wait; but none may compute with the model meanwhile. torch gets no more threads than there are usable cores,
-    in all of the process.
+    It is for inference: parameters no longer require gradients. Whoever asks for more than the packed weights give
+    (gradients, attention weights, a state dict, another dtype or device, adapters, hooks, autocast) gets it: a block
+    that is asked has its weights back bit for bit, in the dtype that was picked, and is a plain one from then on; call
+    it again to pack it again. In int8 the weights are gone, and asking is an error. What cannot be packed (blocks with
+    LoRA, quantized weights, hooks or offload; models on an accelerator) stays as it is, and the report says so.
+    Threads may call it for one model: the first does it, the others wait; but none may compute with the model
+    meanwhile. torch gets no more threads than there are usable cores, in all of the process.
 
     Args:
         model: A `SiglipModel`, `Siglip2Model`, one of their towers or classifiers, in whatever dtype it was loaded.
@@ -95,9 +97,33 @@ def optimize(model: Model, dtype: torch.dtype | None = None, *, int8: bool = Fal
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"dtype={dtype} is none to optimize for; pass torch.bfloat16, torch.float32 or None.")
     with _ONE_AT_A_TIME:
-        if not isinstance(getattr(model, "optimization", None), Optimization):
+        report = getattr(model, "optimization", None)
+        if not isinstance(report, Optimization) or report.packed_blocks > _packed_blocks(model):
             model.optimization = _optimize(model, dtype, int8)  # type: ignore[assignment]
     return model
+
+
+def pack(model: nn.Module) -> bool:
+    """Packs the weights of a float32 model on a CPU: nothing that a user can see changes but the time that it takes.
+
+    What `optimize` does, but dtype, threads and `requires_grad` stay; and a model that is in use elsewhere (an
+    optimizer holds a weight, or a weight has a gradient) is left alone. No thread may compute with the model meanwhile.
+
+    Returns:
+        Whether it is packed now.
+    """
+    with _ONE_AT_A_TIME:
+        report = Optimization(dtype="float32", threads=torch.get_num_threads())
+        if (
+            isinstance(getattr(model, "optimization", None), Optimization)
+            or _reason_against(model)
+            or {parameter.dtype for parameter in model.parameters()} != {torch.float32}
+            or any(is_held(block) for encoder in _encoders(model) for block in encoder.layers)
+            or not _pack(model, torch.float32, report, int8=False)
+        ):
+            return False
+        model.optimization = report  # type: ignore[assignment]
+        return True
 
 
 def _optimize(model: nn.Module, dtype: torch.dtype | None, int8: bool) -> Optimization:
@@ -121,7 +147,11 @@ def _optimize(model: nn.Module, dtype: torch.dtype | None, int8: bool) -> Optimi
             choices = [dtype]
             model.to(dtype)  # type: ignore[call-overload]
             report.dtype = _name(dtype)
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        model.requires_grad_(False)
         if not any(_pack(model, choice, report, int8) for choice in choices):
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in trained)
             report.notes.append("left as it is: no faster way gave the same embeddings")
     return report
 
@@ -168,6 +198,7 @@ def _limit_threads(report: Optimization) -> None:
     report.threads = torch.get_num_threads()
 
 
+@torch.inference_mode(False)  # outermost, since it turns gradients on
 @torch.no_grad()
 def _pack(model: nn.Module, dtype: torch.dtype, report: Optimization, int8: bool) -> bool:
     """Packs the model's blocks in a dtype; if it then embeds the probe otherwise, puts everything back.
@@ -183,17 +214,13 @@ def _pack(model: nn.Module, dtype: torch.dtype, report: Optimization, int8: bool
         return False
     before = _embed_probe(model)
     only_reordered = {parameter.dtype for parameter in model.parameters()} == {dtype} and not int8
-    blocks = [
-        (encoder.layers, index, block) for encoder in _encoders(model) for index, block in enumerate(_to_pack(encoder))
-    ]
-    original = [(tensor, tensor.data) for tensor in _tensors_outside(model, [block for _, _, block in blocks])]
+    original = [] if only_reordered else [(tensor, tensor.data) for tensor in (*model.parameters(), *model.buffers())]
+    blocks = [block for encoder in _encoders(model) for block in _to_pack(encoder)]
     trouble = None
     try:
-        for layers, index, block in blocks:
-            layers[index] = PackedEncoderLayer(block, dtype, int8)
-            if only_reordered:
-                release(block)
         model.to(dtype)  # type: ignore[call-overload]
+        for block in blocks:
+            PackedBlock(block, int8)
         after = _embed_probe(model)
         cosine = nn.functional.cosine_similarity(before, after).min().item()
         difference = (before - after).abs().max().item()
@@ -204,10 +231,9 @@ def _pack(model: nn.Module, dtype: torch.dtype, report: Optimization, int8: bool
     except RuntimeError as error:  # of oneDNN, for shapes that its self-test does not have
         trouble = first_line(error)
     if trouble:
-        for layers, index, block in blocks:
-            if only_reordered and layers[index] is not block:
-                layers[index].unpack_into(block)  # type: ignore[operator]
-            layers[index] = block
+        for block in blocks:
+            if block.packed is not None:
+                block.packed.restore()
         for tensor, data in original:
             tensor.data = data
         report.notes.append(f"not in {_name(dtype)}: {trouble}")
@@ -217,14 +243,11 @@ def _pack(model: nn.Module, dtype: torch.dtype, report: Optimization, int8: bool
     kind = "weights in int8" if int8 else "packed weights"
     report.notes.append(f"{len(blocks)} blocks on oneDNN with {kind}; nothing is compiled, so nothing warms up")
     report.notes.append(f"least cosine to the model before, on {len(before)} probe inputs: {cosine:.6f}")
-    model.requires_grad_(False)
     return True
 
 
-def _tensors_outside(model: nn.Module, blocks: list[SiglipEncoderLayer]) -> list[torch.Tensor]:
-    """Parameters and buffers beside the linear weights of blocks: `model.to` changes them once those are packed."""
-    packed = {id(parameter) for block in blocks for linear in linears(block) for parameter in linear.parameters()}
-    return [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) not in packed]
+def _packed_blocks(model: nn.Module) -> int:
+    return sum(block.packed is not None for encoder in _encoders(model) for block in encoder.layers)
 
 
 def _encoders(model: nn.Module) -> list[SiglipEncoder]:

@@ -2,19 +2,28 @@
 
 One product makes queries, keys and values; the activation and the residual sums are part of the products. Weights are
 stored in the order in which the matrix units read them, so that no call packs them again.
+
+A packed block stays where it is in its model. Its linear layers only no longer hold their weights: whoever asks for one
+(a saver, an optimizer, `.to`, an adapter, a forward pass with gradients) gets it back bit for bit, and the block
+is a plain one from then on.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
-from collections.abc import Callable, Iterator
+import sys
+import threading
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
 
 from siglip_hf.inference.optimize import onednn
-from siglip_hf.models.layers import SiglipBlock, SiglipEncoderLayer, is_plain_linear
+from siglip_hf.models.layers import SiglipEncoderLayer, is_plain_linear
 
 #: Attention scores made at a time; 4 MiB in bfloat16 stay in the cache.
 _SCORES_AT_A_TIME = 2**21
@@ -26,9 +35,21 @@ _STATES_AT_A_TIME = 20 * 2**20
 _QUANTIZED_AT_A_TIME = 2**18
 
 
+_RESTORING = threading.RLock()
+
+
+def version_of(parameter: torch.Tensor) -> int:
+    """Autograd's counter of writes; inference tensors have none."""
+    return 0 if parameter.is_inference() else parameter._version
+
+
+def _nobody() -> None:
+    """The reference of a parameter that nobody holds."""
+
+
 def is_packable(block: nn.Module) -> bool:
     """Whether a block is a plain one on the CPU, without hooks, adapters or quantized weights."""
-    if type(block) is not SiglipEncoderLayer:
+    if type(block) is not SiglipEncoderLayer or block.packed is not None:
         return False
     hooked = any(
         module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in block.modules()
@@ -44,10 +65,33 @@ def linears(block: SiglipEncoderLayer) -> tuple[nn.Linear, ...]:
     return attention.q_proj, attention.k_proj, attention.v_proj, attention.out_proj, mlp.fc1, mlp.fc2
 
 
-def release(block: SiglipEncoderLayer) -> None:
-    """Drops the weights of a block's linear layers; `PackedEncoderLayer.unpack_into` brings them back."""
-    for linear in linears(block):
-        linear.to("meta")
+def is_held(block: SiglipEncoderLayer) -> bool:
+    """Whether someone beside the block, such as an optimizer, holds one of its linear weights, or it has a gradient.
+
+    Counted are Python's references; a forward pass of another thread holds them too.
+    """
+    return any(
+        # One reference each: the layer's dictionary, this loop, the call.
+        sys.getrefcount(parameter) > 3 or parameter.grad is not None
+        for linear in linears(block)
+        for parameter in linear._parameters.values()
+    )
+
+
+def weights_state(module: nn.Module) -> tuple[Any, ...]:
+    """What changes when a module's weights do: place in memory, autograd's counter of writes, form. Restores nothing.
+
+    Writing through `weight.data` does not show.
+    """
+    state: list[Any] = []
+    for part in module.modules():
+        parameters = part._parameters
+        if isinstance(parameters, GivenUp):
+            state.append((id(parameters.packed), parameters.is_changed()))
+        else:
+            weights = [p for p in parameters.values() if p is not None]
+            state.extend((p.data_ptr(), version_of(p), p.dtype, p.device) for p in weights)
+    return tuple(state)
 
 
 class PackedLinear:
@@ -70,13 +114,9 @@ class PackedLinear:
         """Maps (..., in) to (..., out), with the activation if it is one of those that can be fused."""
         return onednn.linear(states, self.weight, self.bias, self.fused)
 
-    def unpack(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def tensors(self) -> tuple[torch.Tensor, ...]:
         """The weight (out, in) and the bias (out,), bit for bit as they were packed."""
         return self.weight.to_dense(), self.bias
-
-    def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Everything that the results depend on."""
-        return self.unpack()
 
     def __deepcopy__(self, memo: Any) -> PackedLinear:
         return self  # nothing ever writes to it
@@ -105,7 +145,7 @@ class Int8Linear(PackedLinear):
         self.fused = activation if activation in onednn.FUSED_ACTIVATIONS else None
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Everything that the results depend on."""
+        """The weight in int8, the scales (out,) of its outputs, and the bias (out,)."""
         packed, scales, _ = self.weight
         return packed.to_dense(), scales, self.bias
 
@@ -140,66 +180,104 @@ def _quantize(states: torch.Tensor) -> tuple[torch.Tensor, float, int]:
     return quantized, scale, zero
 
 
-class PackedEncoderLayer(SiglipBlock):
-    """A block with packed weights, made from a plain one. It computes only: no gradients, no saving, no other dtype.
+class PackedBlock:
+    """The weights of a block, packed, and its forward pass without gradients.
+
+    Made, it stands in the block as `block.packed`, and the block's linear layers have given their weights up.
 
     Args:
-        block: A block for which `is_packable` holds. Its layer norms are shared, its linear weights copied.
-        dtype: float32 or bfloat16.
-        int8: Multiply by the weights in int8.
+        block: A block for which `is_packable` holds.
+        int8: Multiply by the weights in int8; they cannot be had back then.
     """
 
-    def __init__(self, block: SiglipEncoderLayer, dtype: torch.dtype, int8: bool = False):
-        super().__init__()
+    def __init__(self, block: SiglipEncoderLayer, int8: bool = False):
         attention, mlp = block.self_attn, block.mlp
-        self.dtype = dtype
+        self.block, self.layers = block, linears(block)
+        self.dtype = dtype = mlp.fc1.weight.dtype
         self.num_heads, self.scale = attention.num_heads, attention.scale
         self.intermediate_size = mlp.config.intermediate_size
-        self.layer_norm1, self.layer_norm2 = block.layer_norm1, block.layer_norm2
         linear = Int8Linear if int8 else PackedLinear
         self.qkv = linear(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype)
         self.out = linear(attention.out_proj, dtype=dtype)
         self.fc1 = linear(mlp.fc1, dtype=dtype, activation=mlp.config.hidden_act)
         self.fc2 = linear(mlp.fc2, dtype=dtype)
         self.activation_fn = None if self.fc1.fused else mlp.activation_fn
+        self.is_trainable = any(p.requires_grad for layer in self.layers for p in layer.parameters())
+        block.packed = self
+        for layer in self.layers:
+            layer._parameters = GivenUp(layer._parameters, self)
 
-    def packed_tensors(self) -> Iterator[torch.Tensor]:
-        """The packed weights, which are no parameters, one after the other."""
-        for packed in (self.qkv, self.out, self.fc1, self.fc2):
-            yield from packed.tensors()
+    def tensors(self, layer: nn.Linear) -> tuple[torch.Tensor, ...]:
+        """What one of the linear layers gave up: weight and bias; in int8 what stands for them."""
+        place = self.layers.index(layer)
+        if place >= 3:
+            return (self.out, self.fc1, self.fc2)[place - 3].tensors()
+        return tuple(tensor.chunk(3)[place] for tensor in self.qkv.tensors())
 
-    def unpack_into(self, block: SiglipEncoderLayer) -> None:
-        """Gives a block whose linear layers were moved to the meta device their weights back."""
-        tensors = [packed.unpack() for packed in (self.qkv, self.out, self.fc1, self.fc2)]
-        (weight, bias), *others = tensors
-        # Clones, since savers refuse parameters that share storage.
-        parts = [[part.clone() for part in tensor.chunk(3)] for tensor in (weight, bias)]
-        restored = [*zip(*parts, strict=True), *others]
-        for linear, (weight, bias) in zip(linears(block), restored, strict=True):
-            linear.weight = nn.Parameter(weight, linear.weight.requires_grad)
-            linear.bias = nn.Parameter(bias, linear.bias.requires_grad)
+    @functools.cached_property
+    def _parts(self) -> list[tuple[dict[str, Any], str, nn.Module]]:
+        """What the packed pass goes around: all of it must stay as it is, and nobody may listen to it."""
+        return [(owner._modules, name, part) for owner in self.block.modules() for name, part in owner._modules.items()]
 
-    def forward(
-        self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        last_token_only: bool = False,
-        attn_implementation: str | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """Maps (B, S, D) to (B, S, D), or to (B, 1, D), the last position, with `last_token_only`.
+    def serves(self, hidden_states: torch.Tensor, attn_implementation: str | None = None) -> bool:
+        """Whether the packed pass gives what the plain one would, but for rounding."""
+        return (
+            hidden_states.dtype == self.dtype
+            and attn_implementation != "eager"
+            and not (torch.is_grad_enabled() and (hidden_states.requires_grad or self.is_trainable))
+            and not torch.is_autocast_enabled("cpu")
+            and hidden_states.device.type == "cpu"
+            and all(
+                modules.get(name) is part
+                and not part._forward_hooks
+                and not part._forward_pre_hooks
+                and "forward" not in part.__dict__
+                for modules, name, part in self._parts
+            )
+            and not any(layer._parameters.is_changed() for layer in self.layers)
+        )
+
+    def restore(self) -> None:
+        """Gives the linear layers their weights back; the block is a plain one then.
 
         Raises:
-            ValueError: If gradients or attention weights are wanted, or for a dtype other than the block's.
+            ValueError: In int8.
         """
-        if hidden_states.requires_grad and torch.is_grad_enabled():
-            raise ValueError("an optimized model has no gradients; load the model again, without siglip_hf.optimize")
-        if attn_implementation == "eager":
-            raise ValueError(
-                "an optimized model does not return attention weights; load the model again, without siglip_hf.optimize"
-            )
-        if hidden_states.dtype != self.dtype:
-            raise ValueError(f"this model was optimized for {self.dtype}, and its states are {hidden_states.dtype}")
+        # Inference mode would make tensors that can never be trained.
+        with _RESTORING, torch.inference_mode(False), torch.no_grad():
+            if self.block.packed is not self:
+                return
+            restored = [layer._parameters.held() for layer in self.layers]
+            for layer, parameters in zip(self.layers, restored, strict=True):
+                if None not in parameters.values():
+                    continue
+                if isinstance(self.out, Int8Linear):
+                    raise ValueError(
+                        "a model optimized to int8 no longer has its weights, and so no gradients, attention weights, "
+                        "adapters, other dtypes or state dict; load it again, without siglip_hf.optimize"
+                    )
+                for name, tensor in zip(("weight", "bias"), self.tensors(layer), strict=True):
+                    if parameters[name] is None:
+                        # A clone, since savers refuse parameters that share storage.
+                        parameters[name] = nn.Parameter(tensor.clone(), layer._parameters.were[name][2])
+            for layer, parameters in zip(self.layers, restored, strict=True):
+                layer._parameters.now = layer._parameters = parameters
+            self.block.packed = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackedBlock:
+        memo[id(self)] = copied = object.__new__(PackedBlock)
+        copied.__dict__.update(self.__dict__)
+        copied.__dict__.pop("_parts", None)
+        copied.block, copied.layers = copy.deepcopy((self.block, self.layers), memo)
+        return copied
+
+    def __reduce__(self) -> Any:
+        return type(None), ()  # a pickled block is a plain one
+
+    def __call__(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, last_token_only: bool = False
+    ) -> torch.Tensor:
+        """Maps (B, S, D) to (B, S, D), or to (B, 1, D), the last position, with `last_token_only`."""
         batch, length = hidden_states.shape[:2]
         at_a_time = max(1, _STATES_AT_A_TIME // (length * self.intermediate_size * self.dtype.itemsize))
         if batch <= at_a_time:
@@ -215,11 +293,11 @@ class PackedEncoderLayer(SiglipBlock):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, last_token_only: bool
     ) -> torch.Tensor:
         """As `forward`, for as many pictures or texts as go through the block at once."""
-        attended = self._attend(self.qkv(self.layer_norm1(hidden_states)), attention_mask)  # (B, S, D)
+        attended = self._attend(self.qkv(self.block.layer_norm1(hidden_states)), attention_mask)  # (B, S, D)
         hidden_states = self.out.add_to(hidden_states, attended)
         if last_token_only:
             hidden_states = hidden_states[:, -1:]
-        intermediate = self.fc1(self.layer_norm2(hidden_states))  # (B, S, intermediate)
+        intermediate = self.fc1(self.block.layer_norm2(hidden_states))  # (B, S, intermediate)
         if self.activation_fn is not None:
             intermediate = self.activation_fn(intermediate)
         return self.fc2.add_to(hidden_states, intermediate)
@@ -253,17 +331,77 @@ class PackedEncoderLayer(SiglipBlock):
             target.copy_(attended.view(-1, heads, length, width).transpose(1, 2))
         return output
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> PackedEncoderLayer:
-        moved = fn(torch.empty(0, dtype=self.dtype))
-        if moved.dtype != self.dtype or moved.device.type != "cpu":
-            raise ValueError(
-                f"an optimized model stays on the CPU in {self.dtype}; load the model again for {moved.dtype} on "
-                f"{moved.device}"
-            )
-        return super()._apply(fn, recurse)
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("an optimized model cannot be saved; save the model before siglip_hf.optimize")
+class GivenUp(dict[str, Any]):
+    """The parameters of a linear layer that is packed: whoever reads them has the block restored first.
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        raise ValueError("an optimized model cannot take other weights; load them before siglip_hf.optimize")
+    It takes the place of the layer's own dictionary, through which PyTorch reaches a parameter in every way there is.
+
+    Args:
+        parameters: What the layer had. Not kept alive: if nobody else holds them, their memory is free.
+        packed: Where the weights are.
+    """
+
+    def __init__(self, parameters: dict[str, Any], packed: PackedBlock):
+        super().__init__(dict.fromkeys(parameters))
+        self.packed = packed
+        self.were = {name: (weakref.ref(p), version_of(p), p.requires_grad) for name, p in parameters.items()}
+        self.now: dict[str, Any] | None = None
+
+    def is_changed(self) -> bool:
+        """Whether a holder of a parameter has written to it, as an optimizer would."""
+        return any((p := were()) is not None and version_of(p) != version for were, version, _ in self.were.values())
+
+    def tensors(self, layer: nn.Linear) -> dict[str, torch.Tensor]:
+        """The layer's numbers by name, to be read; restores nothing."""
+        return dict(zip(("weight", "bias", "more"), self.packed.tensors(layer), strict=False))
+
+    def held(self) -> dict[str, Any]:
+        """The parameters that someone still holds, and None for the others."""
+        return {name: reference() for name, (reference, _, _) in self.were.items()}
+
+    def restored(self) -> dict[str, Any]:
+        """The layer's dictionary, after the block has been restored."""
+        if self.now is None:
+            self.packed.restore()
+        return self.now  # type: ignore[return-value]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        if self.now is not None or self.is_changed():
+            return copy.deepcopy(self.restored(), memo)
+        copied = GivenUp({}, self.packed)
+        dict.update(copied, dict.fromkeys(self.were))
+        copied.were = {name: (_nobody, 0, requires_grad) for name, (_, _, requires_grad) in self.were.items()}
+        memo[id(self)] = copied
+        copied.packed = copy.deepcopy(self.packed, memo)
+        return copied
+
+    def __reduce__(self) -> Any:
+        return dict, (self.restored(),)
+
+    def __getitem__(self, name: str) -> Any:
+        return self.restored()[name]
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self.restored()[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self.restored()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.restored())
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self.restored().get(name, default)
+
+    def items(self) -> Any:
+        return self.restored().items()
+
+    def values(self) -> Any:
+        return self.restored().values()
+
+    def pop(self, *arguments: Any) -> Any:
+        return self.restored().pop(*arguments)
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.restored())
