@@ -76,9 +76,9 @@ class SiglipZeroShotImageClassificationPipeline(ZeroShotImageClassificationPipel
     or call costs the image tower only. With `label_bank="FOLDER"` labels are kept there too, for every process that
     names the folder (see `LabelStore`).
 
-    A float32 model on an x86 CPU has its weights packed (see `siglip_hf.optimize`) once 16 pictures and texts have come:
-    the numbers stay the same within 1e-5, in about half of the time. Whoever asks the model for more than that (gradients,
-    a state dict, `.to`, adapters, hooks) gets it, and the weights are plain again from then on.
+    A float32 model on an x86 CPU has its weights packed (see `siglip_hf.optimize`) once 16 pictures and texts have
+    come: the numbers stay the same within 1e-5. Whoever asks the model for more than that (gradients, a state dict,
+    `.to`, adapters, hooks) gets it, and the weights are plain again from then on.
 
     Args:
         optimize: True to let `siglip_hf.optimize` pick the dtype too, at once (bfloat16, where the CPU multiplies in
