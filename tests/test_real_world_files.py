@@ -184,6 +184,25 @@ def test_loads_with_the_same_numbers(family, target, change, folders, expected, 
         torch.testing.assert_close(found, want, rtol=0, atol=2e-2 if target == PREPROCESSOR else 1e-6)
 
 
+@pytest.mark.parametrize("suffix", ["", "Pil", "Fast"])
+@pytest.mark.parametrize("layout", ["preprocessor_config.json", "processor_config.json", "vision only"])
+@pytest.mark.parametrize("family", BOTH)
+def test_every_name_of_an_image_processor_gives_ours(family, layout, suffix, folders, tmp_path):
+    folder, name = tmp_path / "checkpoint", f"{family.capitalize()}ImageProcessor"
+    shutil.copytree(folders[family], folder)
+    edit(folder, PREPROCESSOR, {"image_processor_type": name + suffix})
+    if layout == "processor_config.json":
+        into_processor_config(folder)
+    if layout == "vision only":
+        (folder / CONFIG).unlink()
+        (folder / TOKENIZER).unlink()
+    for backend, ending in (("pil", ""), ("torchvision", "Fast")):
+        found = AutoImageProcessor.from_pretrained(folder, backend=backend)
+        assert type(found) is getattr(siglip_hf, name + ending)
+    if layout != "vision only":
+        assert type(AutoProcessor.from_pretrained(folder).image_processor).__module__.startswith("siglip_hf.")
+
+
 @pytest.mark.parametrize("family", BOTH)
 def test_the_processor_of_a_vision_only_folder(family, folders, tmp_path):
     """AutoProcessor gives what there is, the image processor."""

@@ -53,8 +53,14 @@ def _add_our_image_processors(mapping: Any) -> None:
     from siglip_hf.preprocessing.image_processing_siglip_fast import SiglipImageProcessorFast
 
     # transformers calls its fast backend "torchvision"; ours needs torch alone.
-    fixed = {"pil": SiglipImageProcessor, "torchvision": SiglipImageProcessorFast}
-    naflex = {"pil": Siglip2ImageProcessor, "torchvision": Siglip2ImageProcessorFast}
+    # AutoImageProcessor looks for the name that a folder gives in each table and then takes the backend's class, so the
+    # third entry makes the name known by which stock saves its Pillow class; nothing is loaded by it.
+    fixed = {"pil": SiglipImageProcessor, "torchvision": SiglipImageProcessorFast, "name": "SiglipImageProcessorPil"}
+    naflex = {
+        "pil": Siglip2ImageProcessor,
+        "torchvision": Siglip2ImageProcessorFast,
+        "name": "Siglip2ImageProcessorPil",
+    }
     for config_classes, classes in (
         ((SiglipConfig, SiglipVisionConfig), fixed),
         ((Siglip2Config, Siglip2VisionConfig), naflex),

@@ -14,11 +14,12 @@ from siglip_hf.models.checkpoint_kind import refuse_other_kind
 from siglip_hf.models.configuration_siglip import SiglipConfig
 from siglip_hf.models.layers import SiglipAttention, SiglipEncoderLayer
 from siglip_hf.models.quantization import drop_undotted_names, is_reversible, keep_4bit_layout
+from siglip_hf.preprocessing.identity import KnownAsStock, is_ours, reference_in, repository_class, warn_of_own_code
 
 logger = logging.get_logger(__name__)
 
 
-class SiglipPreTrainedModel(PreTrainedModel):
+class SiglipPreTrainedModel(KnownAsStock, PreTrainedModel):
     """Loading, saving and initial values; the base of all SigLIP models."""
 
     config: SiglipConfig
@@ -40,11 +41,43 @@ class SiglipPreTrainedModel(PreTrainedModel):
         "attentions": SiglipAttention,
     }
 
+    # The Auto classes that give this class.
+    _auto_classes: tuple[str, ...] = ("AutoModel",)
+
     def __init__(self, config: Any, *inputs: Any, **kwargs: Any):
         add_lora_targets()
         config = self._own_config(config)
         config.check()
         super().__init__(config, *inputs, **kwargs)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, config: Any = None, **kwargs: Any
+    ) -> Any:
+        """Loads weights and configuration; arguments and errors as of every model of transformers.
+
+        Called by an Auto class with `trust_remote_code=True`, it gives the model that the repository brings.
+        """
+        name = pretrained_model_name_or_path
+        if kwargs.get("trust_remote_code") and (found := cls._own_code(config)):  # only Auto classes pass both
+            kind, reference = found
+            own = repository_class(reference, name, kind, kwargs)
+            return own.from_pretrained(name, *model_args, config=_config_for(own, config), **kwargs)
+        return super().from_pretrained(name, *model_args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        if found := cls._own_code(config):
+            kind, reference = found
+            warn_of_own_code(reference, config.name_or_path, f"{kind}.from_config", cls)
+        return super()._from_config(config, **kwargs)
+
+    @classmethod
+    def _own_code(cls, config: Any) -> tuple[str, str] | None:
+        """(Auto class, "module.Class") of the code that a repository's configuration names in place of this class."""
+        auto_map = getattr(config, "auto_map", None)
+        found = ((kind, reference_in(auto_map, kind)) for kind in cls._auto_classes if is_ours(cls))
+        return next(((kind, reference) for kind, reference in found if reference), None)
 
     @classmethod
     def _own_config(cls, config: Any) -> Any:
@@ -118,3 +151,14 @@ class SiglipPreTrainedModel(PreTrainedModel):
             )
             kwargs["attn_implementation"] = "eager"
         return bool(wanted)
+
+
+def _config_for(model_class: Any, config: Any) -> Any:
+    """A configuration in the form that a repository's model class takes."""
+    config_class = getattr(model_class, "config_class", None)
+    if config_class is None or isinstance(config, config_class):
+        return config
+    own = config_class.from_dict(config.to_dict())
+    # What loading has noted on the object, such as its name, the attention implementation and the commit.
+    vars(own).update({key: value for key, value in vars(config).items() if key.startswith("_")})
+    return own

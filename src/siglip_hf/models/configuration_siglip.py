@@ -16,6 +16,8 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging
 
+from siglip_hf.preprocessing.identity import is_ours, reference_in, warn_of_own_code
+
 logger = logging.get_logger(__name__)
 
 
@@ -55,6 +57,9 @@ class _SiglipConfigMixin:
         family, model_type = cls.model_type.split("_")[0], config_dict.get("model_type")  # type: ignore[attr-defined]
         if model_type in (f"{family}_text_model", f"{family}_vision_model") and model_type != cls.model_type:  # type: ignore[attr-defined]
             return CONFIG_MAPPING[model_type].from_dict(config_dict, **kwargs)
+        if (reference := reference_in(config_dict.get("auto_map"), "AutoConfig")) and is_ours(cls):
+            name = kwargs.get("name_or_path") or config_dict.get("_name_or_path") or ""
+            warn_of_own_code(reference, name, "AutoConfig", cls)
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     def _warn_of_misspelt_keys(self, extra: dict[str, Any]) -> None:

@@ -254,6 +254,7 @@ class SiglipModel(SiglipPreTrainedModel):
     """
 
     config: SiglipConfig
+    _auto_classes = ("AutoModel", "AutoModelForZeroShotImageClassification")
     _text_class: type[SiglipTextModel] = SiglipTextModel
     _vision_class: type[SiglipVisionModel] = SiglipVisionModel
 
@@ -461,7 +462,7 @@ class SiglipForImageClassification(SiglipPreTrainedModel):
     # The weights of a vision-only checkpoint, which has no such prefix, belong below it.
     base_model_prefix = "vision_model"
     main_input_name = "pixel_values"
-
+    _auto_classes = ("AutoModelForImageClassification",)
     _vision_class: type[SiglipVisionModel] = SiglipVisionModel
 
     @classmethod

@@ -27,6 +27,7 @@ from transformers.image_utils import (
 from transformers.processing_utils import ImagesKwargs
 
 from siglip_hf.parallel import PIXELS, in_threads
+from siglip_hf.preprocessing.identity import KnownAsStock, code_in_files, warn_of_own_code
 from siglip_hf.preprocessing.image_intake import Picture, iter_pictures, load_picture
 from siglip_hf.preprocessing.image_tensors import resize_with_pillow
 from siglip_hf.preprocessing.options import check_unknown
@@ -78,7 +79,7 @@ def _values(value: Any) -> Sequence[float]:
     return [value] if isinstance(value, int | float) else value or ()
 
 
-class SiglipImageProcessorBase(BaseImageProcessor):
+class SiglipImageProcessorBase(KnownAsStock, BaseImageProcessor):
     """Defaults, arguments and intake that both image processors share; a subclass supplies `_preprocess`."""
 
     do_resize = True
@@ -100,6 +101,22 @@ class SiglipImageProcessorBase(BaseImageProcessor):
         given = {name: value for name, value in kwargs.items() if value is not None}
         super().__init__(**given)
         self._set_attributes(**given)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Loads the settings of a folder or repository; arguments and errors as of every image processor."""
+        if kwargs.get("_from_auto"):
+            files = ("processor_config.json", "preprocessor_config.json", "config.json")
+            reference = code_in_files(pretrained_model_name_or_path, "AutoImageProcessor", files, kwargs)
+            if reference:
+                warn_of_own_code(reference, pretrained_model_name_or_path, "AutoImageProcessor", cls)
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings, as `preprocessor_config.json` holds them."""
+        settings = super().to_dict()
+        settings.pop("__module__", None)  # see KnownAsStock
+        return settings
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """One picture, or any nesting of pictures, as `pixel_values`.

@@ -14,6 +14,13 @@ from PIL import Image
 from transformers.image_processing_utils import BatchFeature
 from transformers.processing_utils import AudioKwargs, ProcessorMixin, TextKwargs, VideosKwargs
 
+from siglip_hf.preprocessing.identity import (
+    KnownAsStock,
+    code_in_files,
+    is_ours,
+    repository_class,
+    warn_of_own_code,
+)
 from siglip_hf.preprocessing.image_intake import Picture, looks_like_picture_source
 from siglip_hf.preprocessing.options import check_unknown
 from siglip_hf.preprocessing.sentence_transformers_files import write_sentence_transformers_files
@@ -46,7 +53,7 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
         )
 
 
-class SiglipProcessor(ProcessorMixin):
+class SiglipProcessor(KnownAsStock, ProcessorMixin):
     """An image processor and a tokenizer of SigLIP behind one call.
 
     Args:
@@ -66,6 +73,23 @@ class SiglipProcessor(ProcessorMixin):
 
     def __init__(self, image_processor: Any, tokenizer: Any, **kwargs: Any):
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+        """Loads the parts from a folder or repository; arguments and errors as of every processor.
+
+        Called by `AutoProcessor` with `trust_remote_code=True`, it gives the processor that the repository brings.
+        """
+        name = pretrained_model_name_or_path
+        if kwargs.get("_from_auto") and is_ours(cls):
+            files = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json", "config.json")
+            if reference := code_in_files(name, "AutoProcessor", files, kwargs):
+                if kwargs.get("trust_remote_code"):
+                    own = repository_class(reference, name, "AutoProcessor", kwargs)
+                    return own.from_pretrained(name, **kwargs)
+                if "trust_remote_code" not in kwargs:
+                    warn_of_own_code(reference, name, "AutoProcessor", cls)
+        return super().from_pretrained(name, **kwargs)
 
     def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """Model inputs for pictures, texts, or both.

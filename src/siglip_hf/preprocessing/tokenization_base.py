@@ -14,6 +14,7 @@ import numpy as np
 from transformers.tokenization_utils_base import AddedToken, BatchEncoding, TruncationStrategy
 from transformers.utils import PaddingStrategy, TensorType, logging
 
+from siglip_hf.preprocessing.identity import KnownAsStock
 from siglip_hf.preprocessing.sequences import as_texts
 
 logger = logging.get_logger(__name__)
@@ -56,7 +57,7 @@ def trained_padding(padding: Any) -> Any:
     return padding
 
 
-class SiglipTokenization:
+class SiglipTokenization(KnownAsStock):
     """What SigLIP's two tokenizers share: the defaults of a call, the special tokens, and how a batch is laid out."""
 
     model_input_names = ["input_ids"]  # noqa: RUF012

@@ -7,7 +7,6 @@ The published `tokenizer.json` files are Gemma's own and leave the case alone, a
 from __future__ import annotations
 
 import functools
-import json
 import re
 import string
 from collections.abc import Iterator, Sequence
@@ -15,13 +14,12 @@ from typing import Any
 
 from transformers.tokenization_utils_base import AddedToken
 from transformers.tokenization_utils_tokenizers import TokenizersBackend
-from transformers.utils import cached_file
 
+from siglip_hf.preprocessing.identity import code_in_files, read_json, warn_of_own_code
 from siglip_hf.preprocessing.text_cleaning import remove_punctuation as without_punctuation
 from siglip_hf.preprocessing.tokenization_backend import StatelessTokenization
 from siglip_hf.preprocessing.tokenization_base import TEXT_LENGTH, text_length
 
-_HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 # Classes that say nothing about the tokenizer but that it is a `tokenizer.json`.
 _GENERIC_CLASSES = ("TokenizersBackend", "PreTrainedTokenizer")
 
@@ -87,6 +85,7 @@ class Siglip2Tokenizer(StatelessTokenization):
         Raises:
             OSError: If there is no `tokenizer.json`.
         """
+        _warn_of_own_tokenizer(pretrained_model_name_or_path, cls, kwargs)
         if kwargs.get("model_max_length") is None:
             length = _text_length(pretrained_model_name_or_path, kwargs)
             if length is not None:
@@ -149,7 +148,7 @@ class SiglipTokenizerOfFolder:
         """Loads the folder's tokenizer with the class that suits it."""
         from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
-        config = _read_json(pretrained_model_name_or_path, "tokenizer_config.json", kwargs)
+        config = read_json(pretrained_model_name_or_path, "tokenizer_config.json", kwargs)
         name = str(config.get("tokenizer_class") or "").removesuffix("Fast")
         tokenizer_class: Any
         if name in ("GemmaTokenizer", "Siglip2Tokenizer") or (name in _GENERIC_CLASSES and _is_gemma(config)):
@@ -160,7 +159,16 @@ class SiglipTokenizerOfFolder:
             tokenizer_class = SiglipTokenizerFast
         else:
             tokenizer_class = tokenizer_class_from_name(name) or TokenizersBackend
+        _warn_of_own_tokenizer(pretrained_model_name_or_path, tokenizer_class, kwargs)
         return tokenizer_class.from_pretrained(pretrained_model_name_or_path, *inputs, **kwargs)
+
+
+def _warn_of_own_tokenizer(name: Any, tokenizer_class: type, kwargs: dict[str, Any]) -> None:
+    # With a model's config.json beside it AutoTokenizer lets the repository's code win, if it is trusted.
+    if not kwargs.get("_from_auto") or read_json(name, "config.json", kwargs):
+        return
+    if reference := code_in_files(name, "AutoTokenizer", ("tokenizer_config.json",), kwargs):
+        warn_of_own_code(reference, name, "AutoTokenizer", tokenizer_class)
 
 
 def _is_gemma(tokenizer_config: dict[str, Any]) -> bool:
@@ -171,27 +179,10 @@ def _is_gemma(tokenizer_config: dict[str, Any]) -> bool:
 
 def _text_length(pretrained_model_name_or_path: Any, kwargs: dict[str, Any]) -> int | None:
     """The length of a SigLIP model's texts by its configuration, or None if there is no such configuration."""
-    config = _read_json(pretrained_model_name_or_path, "config.json", kwargs)
+    config = read_json(pretrained_model_name_or_path, "config.json", kwargs)
     if not str(config.get("model_type", "")).startswith("siglip"):
         return None
     return config.get("text_config", config).get("max_position_embeddings", TEXT_LENGTH)
-
-
-def _read_json(pretrained_model_name_or_path: Any, name: str, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A file of a folder or repository; empty if it has none of that name."""
-    hub = {argument: kwargs[argument] for argument in _HUB_ARGUMENTS if kwargs.get(argument) is not None}
-    path = cached_file(
-        pretrained_model_name_or_path,
-        name,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-        **hub,
-    )
-    if path is None:
-        return {}
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
 
 
 __all__ = ["Siglip2Tokenizer"]
