@@ -123,6 +123,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no preprocessor": (lambda folder: (folder / "preprocessor_config.json").unlink(), "image processor|preprocessor"),
     "no vocabulary": (lambda folder: (folder / "spiece.model").unlink(), "."),
     "a vocabulary that is none": (write("spiece.model", b"nonsense"), "."),
+    "a token that is not in the vocabulary": (
+        edit("tokenizer_config.json", eos_token="<os>"),
+        "eos_token '<os>' is number 48, but the model's vocab_size is 48",
+    ),
     "another text length": (edit("tokenizer_config.json", model_max_length=7), "model_max_length is 7"),
     "a tokenizer configuration that is a list": (write("tokenizer_config.json", b"[]"), "."),
 }

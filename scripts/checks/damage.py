@@ -1,9 +1,10 @@
 """Damages every kind of file that the package reads, and counts what becomes of it: found and named, or not.
 
-Bits are flipped and files cut off, with fixed seeds; hostile texts and files that are none come on top. Inputs run in a
-worker, which is killed when one takes too long. It prints a table and fails if anything passed in silence, ended in an
-error that is not one line, or hung. What carries no checksum (a picture, a table, published weights) cannot tell that a
-number in it has changed; there, a whole result counts as right. Run: python scripts/checks/damage.py --inputs 3000
+Bits are flipped and files cut off, with fixed seeds; hostile texts, files that are none, and full disks come on top.
+Inputs run in a worker, which is killed when one takes too long. It prints a table and fails if anything passed in
+silence, ended in an error that is not one line, or hung. What carries no checksum (a picture, a table, published
+weights) cannot tell that a number in it has changed; there, a whole result counts as right.
+Run: python scripts/checks/damage.py --inputs 3000
 """
 
 from __future__ import annotations
@@ -122,6 +123,7 @@ def _run_kind(name: str, inputs: int, seed: int) -> Iterator[str]:
             print(f"{name}: {verdict}: input {start}", file=sys.stderr, flush=True)
             start += 1
             yield verdict
+        worker.join(0 if start < inputs else _SECONDS)
         worker.kill()
         worker.join()
 
@@ -150,6 +152,7 @@ def judge(name: str, place: Path, numbers: range, seed: int) -> Iterator[tuple[s
     import torch
 
     torch.set_num_threads(1)
+    _MODELS[:] = [_tiny_model(place / "tiny")]
     kind = KINDS[name]
     whole, folder = place / "whole", place / "damaged"
     whole.mkdir()
@@ -215,6 +218,7 @@ def _cli(*arguments: object) -> str | None:
 
 
 _EMBEDDER: list[Any] = []
+_MODELS: list[Path] = []  # a tiny one, outside of the folder that is made anew for each input
 
 
 def _embed(source: Path, out: Path, kind: str = "image") -> Any:
@@ -222,7 +226,7 @@ def _embed(source: Path, out: Path, kind: str = "image") -> Any:
     from siglip_hf.search import SiglipEmbedder, embed_source
 
     if not _EMBEDDER:
-        _EMBEDDER.append(SiglipEmbedder(_tiny_model(Path(tempfile.mkdtemp())), device="cpu", fast=False, workers=1))
+        _EMBEDDER.append(SiglipEmbedder(_MODELS[0], device="cpu", fast=False, workers=1))
     shutil.rmtree(out, ignore_errors=True)
     result = embed_source(str(source), out, kind=kind, embedder=_EMBEDDER[0])
     return None if result.errors else result.manifest.rows
@@ -376,6 +380,185 @@ def _use_hostile(folder: Path) -> Any:
     return _embed(place, folder / "emb", rng.choice(("image", "text")) if suffix != ".txt" else "text")
 
 
+def _make_naflex(folder: Path) -> list[Path]:
+    from tiny_siglip2 import write_naflex
+
+    _pictures(folder / "photos")
+    (folder / "model").mkdir()
+    write_naflex(folder / "model")
+    return [file for file in sorted((folder / "model").iterdir()) if file.is_file()]
+
+
+def _make_head(folder: Path) -> list[Path]:
+    for number, picture in enumerate(_pictures(folder / "photos")):
+        (folder / "photos" / f"c{number % 2}").mkdir(exist_ok=True)
+        shutil.copy(picture, folder / "photos" / f"c{number % 2}" / f"x{picture.name}")
+        picture.rename(folder / "photos" / f"c{number % 2}" / picture.name)
+    assert _cli("learn", folder / "photos", "--out", folder / "head", "--model", _tiny_model(folder)) is not None
+    shutil.rmtree(folder / "head.emb")
+    return [file for file in sorted((folder / "head").iterdir()) if file.is_file()]
+
+
+def _use_head(folder: Path) -> Any:
+    found = _cli("classify", folder / "photos" / "c0" / "0.jpg", "--head", folder / "head", "--json")
+    return None if found is None else len(json.loads(found))
+
+
+def _make_onnx(folder: Path) -> list[Path]:
+    _pictures(folder / "photos")
+    assert _cli("export", _tiny_model(folder), "--out", folder / "onnx") is not None
+    return [file for file in sorted((folder / "onnx").iterdir()) if file.is_file()]
+
+
+def _use_onnx(folder: Path) -> Any:
+    found = _cli(
+        "classify", folder / "photos" / "0.jpg", "--labels", "a cat, a dog", "--onnx", folder / "onnx", "--json"
+    )
+    return None if found is None else len(json.loads(found))
+
+
+def _make_run(folder: Path) -> list[Path]:
+    """A run of two steps with a checkpoint after each, stopped before it was finished."""
+    names = [f"photos/{file.name}" for file in _pictures(folder / "photos")]
+    (folder / "a.csv").write_text("path,text\n" + "".join(f"{name},picture {name}\n" for name in names))
+    assert _train(folder) is not None
+    (folder / "run" / "report.json").unlink()
+    return [file for file in sorted((folder / "run" / "checkpoint-2").rglob("*")) if file.is_file()]
+
+
+def _train(folder: Path) -> str | None:
+    options = ("--steps", 2, "--batch-size", 4, "--save-every", 1, "--cpu", "--workers", 0)
+    return _cli("train", folder / "a.csv", "--out", folder / "run", "--model", _MODELS[0], *options)
+
+
+def _use_run(folder: Path) -> Any:
+    """What a run would go on from; going on reads it all again."""
+    from siglip_hf.training.run import _last_checkpoint
+
+    last, damaged = _last_checkpoint(folder / "run", remove=False)
+    return None if damaged else Path(str(last)).name
+
+
+def _make_options(folder: Path) -> list[Path]:
+    (folder / "labels.txt").write_text("a cat\na dog\n")
+    (folder / "truth.json").write_text(json.dumps({"a.png": "a cat", "b.png": "a dog"}))
+    (folder / "config.json").write_text(json.dumps({"data": ["a"], "steps": 2, "learning_rate": 1e-3, "cpu": True}))
+    (folder / "config.yaml").write_text("data: [a, b]\nsteps: 2\nlearning_rate: 1e-3\nfreeze: [image, text]\n")
+    return sorted(folder.iterdir())
+
+
+def _use_options(folder: Path) -> Any:
+    from siglip_hf.inference.classify import read_labels_file, read_truth_file
+    from siglip_hf.training.settings import read_config
+
+    configs = [read_config(folder / f"config.{suffix}") for suffix in ("json", "yaml")]
+    return len(read_labels_file(folder / "labels.txt")), len(read_truth_file(folder / "truth.json")), len(configs)
+
+
+def _make_datasets(folder: Path) -> list[Path]:
+    import datasets
+
+    names = [str(file) for file in _pictures(folder / "photos")]
+    rows = {"image": [Path(name).read_bytes() for name in names], "text": [f"picture {name}" for name in names]}
+    data = datasets.Dataset.from_dict(rows)
+    data.save_to_disk(str(folder / "saved"))
+    data.to_parquet(str(folder / "a.parquet"))
+    return sorted([folder / "a.parquet", *(folder / "saved").iterdir()])
+
+
+def _use_datasets(folder: Path) -> Any:
+    found = [_embed(place, folder / "emb") for place in (folder / "a.parquet", folder / "saved")]
+    return None if None in found else found
+
+
+def _make_words(folder: Path) -> list[Path]:
+    """What stands on a command line."""
+    _make_index(folder)
+    (folder / "seeds").write_bytes(bytes(8))
+    return [folder / "seeds"]
+
+
+def _use_words(folder: Path) -> Any:
+    seed = (folder / "seeds").read_bytes()
+    if seed == bytes(8):
+        return 1
+    rng = random.Random(seed)
+    text, picture = rng.choice([word for word in _HOSTILE if "\0" not in word]), folder / "photos" / "0.jpg"
+    lines: list[tuple[object, ...]] = [
+        ("classify", picture, "--labels", f"{text},b", "--model", _MODELS[0]),
+        ("classify", picture, text, "--labels", "a", "--model", _MODELS[0]),
+        ("classify", picture, "--labels", "a", "--template", text, "--model", _MODELS[0]),
+        ("classify", picture, "--labels-file", text, "--model", _MODELS[0]),
+        ("classify", picture, "--truth", text, "--model", _MODELS[0]),
+        ("classify", picture, "--labels", "a", "--model", text),
+        ("classify", picture, "--labels", "a", "--sheet", text, "--model", _MODELS[0]),
+        ("search", folder / "idx", text),
+        ("search", folder / "idx", "--image", text),
+        ("search", folder / "idx", "a", "--not", text),
+        ("search", folder / "idx", "a", "--path", text),
+        ("search", text, "a"),
+        ("duplicates", text),
+        ("clusters", folder / "idx", "--words", text),
+        ("embed", text, "--out", folder / "e", "--model", _MODELS[0]),
+        ("index", text, "--out", folder / "i", "--model", _MODELS[0]),
+        ("evaluate", text, "--model", _MODELS[0]),
+        ("evaluate", folder / "photos", "--template", text, "--model", _MODELS[0]),
+        ("train", text, "--out", folder / "run", "--model", _MODELS[0], "--cpu"),
+        ("learn", text, "--out", folder / "head", "--model", _MODELS[0]),
+        ("convert", text, "--out", folder / "o"),
+        ("export", text, "--out", folder / "o"),
+        ("verify", text),
+    ]
+    return None if _cli(*rng.choice(lines)) is None else 1
+
+
+def _make_full(folder: Path) -> list[Path]:
+    import big_vision_reference
+
+    _make_store(folder)
+    _make_tables(folder)
+    sizes = big_vision_reference.Sizes()
+    big_vision_reference.save(folder / "a.npz", big_vision_reference.random_params(sizes))
+    (folder / "seeds").write_bytes(bytes(8))
+    return [folder / "seeds"]
+
+
+def _use_full(folder: Path) -> Any:
+    """A command that may write files of so many bytes only; and again without a limit, which must end as always."""
+    import resource
+
+    seed = (folder / "seeds").read_bytes()
+    if seed == bytes(8):
+        return "whole"
+    rng = random.Random(seed)
+    name, line = rng.choice(
+        [
+            ("out.emb", ("embed", folder / "photos", "--model", _MODELS[0], "--out", folder / "out.emb")),
+            ("out.idx", ("index", folder / "emb", "--out", folder / "out.idx")),
+            ("converted", ("convert", folder / "a.npz", "--out", folder / "converted")),
+            ("run", ("train", folder / "a.csv", "--steps", 1, "--cpu", "--model", _MODELS[0], "--out", folder / "run")),
+            (
+                "s.png",
+                ("classify", folder / "photos", "--labels", "a,b", "--model", _MODELS[0], "--sheet", folder / "s.png"),
+            ),
+        ]
+    )
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(10 ** rng.uniform(1, 6)), hard))
+    try:
+        stopped = _cli(*line) is None
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    if not stopped:
+        return "whole"
+    if name == "s.png":
+        assert not (folder / name).exists(), "a sheet is whole or not there"
+    if _cli(*line) is None:
+        return "cannot go on"
+    left = [path for path in folder.iterdir() if ".partial" in path.name]
+    return f"left {left}" if left else None
+
+
 KINDS = {
     "store": Kind(6, _make_store, _use_store, checked=True),
     "store, embedded again": Kind(3, _make_store, _mend_store, checked=True),
@@ -386,6 +569,14 @@ KINDS = {
     "tar": Kind(4, _make_tar, lambda folder: _embed(folder / "a.tar", folder / "emb")),
     "pictures": Kind(4, _make_pictures, _use_pictures),
     "hostile": Kind(2, _make_hostile, _use_hostile, cuts=False),
+    "NaFlex model folder": Kind(1, _make_naflex, _use_model, cuts=False),
+    "learned classes": Kind(1, _make_head, _use_head, cuts=False),
+    "ONNX export": Kind(1, _make_onnx, _use_onnx, cuts=False),
+    "training checkpoint": Kind(2, _make_run, _use_run, checked=True),
+    "files of options": Kind(3, _make_options, _use_options, cuts=False),
+    "Parquet and datasets": Kind(2, _make_datasets, _use_datasets, cuts=False),
+    "hostile words": Kind(2, _make_words, _use_words, cuts=False),
+    "full disk": Kind(1, _make_full, _use_full, checked=True),
 }
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
     """Makes sure that a tokenizer is that of a model: another one's ids mean other words, without any error.
 
     Raises:
-        ValueError: naming both sizes, if they are too far apart.
+        ValueError: naming both sizes, if they are too far apart, or a token of every text that the model does not have.
     """
     tokens = len(tokenizer)
     if abs(vocab_size - tokens) >= _VOCABULARY_ROUNDING:
@@ -51,6 +51,13 @@ def check_vocabulary(tokenizer: Any, vocab_size: int) -> None:
             f"The tokenizer has {tokens} tokens, but the model's vocab_size is {vocab_size}. "
             "Load the tokenizer from the model's own checkpoint."
         )
+    for name in ("pad_token", "eos_token"):  # every text has them
+        number = getattr(tokenizer, f"{name}_id", None)
+        if number is not None and number >= vocab_size:
+            raise ValueError(
+                f"The tokenizer's {name} {getattr(tokenizer, name)!r} is number {number}, but the model's vocab_size "
+                f"is {vocab_size}: it is not in the vocabulary that the model was trained with."
+            )
 
 
 class SiglipProcessor(KnownAsStock, ProcessorMixin):
