@@ -85,6 +85,22 @@ def test_a_full_disk_is_named(tmp_path, number):
             begin(tmp_path / "a", FileNotFoundError(errno.ENOENT, "No such file", "elsewhere"))
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . PytorchStreamWriter failed writing file data/1"),
+    ],
+)
+def test_a_full_disk_in_the_words_of_other_libraries(tmp_path, error):
+    said = f"cannot write to {re.escape(str(tmp_path))} .No space left"
+    with pytest.raises(OSError, match=said) as raised, files.name_full_disk(tmp_path):
+        raise error
+    assert raised.value.errno == errno.ENOSPC
+    with pytest.raises(RuntimeError, match="os error 13"), files.name_full_disk(tmp_path):
+        raise RuntimeError("I/O error: Permission denied (os error 13)")
+
+
 def test_a_folder_that_a_killed_run_left_is_finished_or_removed(tmp_path):
     for name in (".out.replaced-7", ".out.partial-7", ".other.partial-7"):
         (tmp_path / name).mkdir()

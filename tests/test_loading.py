@@ -213,7 +213,7 @@ def test_folders_ask_nothing_of_the_network_and_set_no_variable(folder, monkeypa
 
 def test_pick_device():
     assert pick_device("cpu") == torch.device("cpu")
-    for name in ("cuda:99", "gpu"):
+    for name in ("cuda:99", "gpu", "meta"):
         with pytest.raises(ValueError, match=f"device='{name}' cannot be used"):
             pick_device(name)
     with pytest.raises(ValueError, match="device='cuda:99' cannot be used"):

@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
@@ -159,7 +160,7 @@ def new_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Pat
     path = Path(path)
     partial = path.with_name(f".{path.name}.partial")
     try:
-        with _name_full_disk(path.parent):
+        with name_full_disk(path.parent):
             yield partial
             if sync:
                 with open(partial, "rb+") as file:
@@ -283,7 +284,7 @@ def new_folder(folder: str | os.PathLike[str], *, overwrite: bool, marker: str) 
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     try:
-        with _name_full_disk(folder.parent):
+        with name_full_disk(folder.parent):
             folder.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
             yield partial
@@ -312,15 +313,29 @@ def clear_remains(folder: str | os.PathLike[str]) -> None:
 
 
 @contextmanager
-def _name_full_disk(folder: Path) -> Iterator[None]:
-    """An error of the system that the disk is full gets the folder's name and what to do."""
+def name_full_disk(folder: Path) -> Iterator[None]:
+    """An error of the system that the disk is full gets the folder's name and what to do.
+
+    Raises:
+        OSError: in its place.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _FULL:
+    except Exception as error:
+        number = _error_number(error)
+        if number not in _FULL:
             raise
         raise OSError(
-            error.errno,
-            f"cannot write to {folder} ({os.strerror(error.errno)}); what was done before is safe. Make room, and run "
+            number,
+            f"cannot write to {folder} ({os.strerror(number)}); what was done before is safe. Make room, and run "
             "the same command again: it goes on from there.",
         ) from error
+
+
+def _error_number(error: Exception) -> int | None:
+    """The system's number of an error; libraries in other languages tell it in words at best."""
+    if isinstance(error, OSError):
+        return error.errno
+    if found := re.search(r"\(os error (\d+)\)", str(error)):  # Rust's, such as safetensors'
+        return int(found[1])
+    return errno.ENOSPC if "PytorchStreamWriter failed" in str(error) else None

@@ -57,6 +57,7 @@ def failing(monkeypatch):
         (TypeError("x" * 5000), ["please report it with what --debug prints"]),
         (RecursionError("maximum recursion depth"), ["RecursionError"]),
         (ValueError("two\nlines"), ["siglip-hf: two lines"]),
+        (UnicodeEncodeError("utf-8", "out\udce9", 3, 4, "surrogates"), ["'out\\udce9' is not valid Unicode; rename"]),
         (MemoryError(), ["not enough memory; a smaller --batch-size"]),
         (RuntimeError("CUDA out of memory. Tried"), ["not enough memory; a smaller --batch-size"]),
         (OSError(errno.ENOSPC, "No space left on device", "out.emb/part"), ["the disk of out.emb/part is full"]),
@@ -185,6 +186,13 @@ def test_what_the_terminal_cannot_print_ends_no_run(monkeypatch, failing):
     assert main.main(["doctor"]) == 2
     stderr.flush()
     assert stderr.buffer.getvalue() == b"siglip-hf: \\uace0\\uc591\\uc774 is no label\n"
+
+
+def test_closed_streams_are_no_error(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.stdout", None)
+    monkeypatch.setattr("sys.stderr", None)
+    assert main.main(["--help"]) == 0
+    assert main.main(["duplicates", str(tmp_path)]) == 2
 
 
 def test_a_piped_table_never_breaks_a_path(capsys, monkeypatch):

@@ -235,6 +235,25 @@ def test_user_mistakes_are_named(exported, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_naflex_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="a NaFlex model cannot be exported"):
+        export_onnx(siglip_hf.naflex_checkpoint(), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_export_is_one_clear_error(exported, tmp_path):
+    folder = Path(shutil.copytree(exported[1], tmp_path / "onnx"))
+    whole = (folder / "vision.onnx").read_bytes()
+    (folder / "vision.onnx").write_bytes(whole[: len(whole) // 3])
+    with pytest.raises(ValueError, match=r"ONNX Runtime cannot load .*vision\.onnx: "):
+        OnnxSiglip(folder)
+    for old, new, message in ((b"image_size", b"image_sizf", "lack image_size"), (b"[32, 32]", b"[32, 32 ", "damaged")):
+        assert old in whole
+        (folder / "vision.onnx").write_bytes(whole.replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            OnnxSiglip(folder)
+
+
 def test_the_extra_to_install_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="onnx, onnxscript, onnxruntime: pip install onnx"):

@@ -171,6 +171,8 @@ def _explain(error: Exception) -> str:
         return error.format_message()
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"the disk of {error.filename or os.getcwd()} is full: {error}"
+    if isinstance(error, UnicodeEncodeError):
+        return f"{error.object[:200]!a} is not valid Unicode; rename the file or folder, or give another text"
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         return f"not enough memory; a smaller --batch-size needs less ({str(error).strip() or 'MemoryError'})"
     if isinstance(error, ValueError | OSError | ImportError) and str(error).strip():  # ImportError: of a missing extra
@@ -187,6 +189,9 @@ def _explain(error: Exception) -> str:
 
 def _let_every_character_through() -> None:
     """What the terminal's encoding lacks is printed as its code; it must not end a run after all the work."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed before the start
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - for the rest of the process
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -20,6 +20,8 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from siglip_hf.loading import pick_device
+
 # Largest difference of embeddings of length 1; logits may differ by that times the temperature, scores by a quarter of
 # the logits' (the sigmoid's steepest slope).
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
@@ -141,13 +143,15 @@ def verify(
         A `Verification`; its `ok` says whether all differences are those of rounding.
 
     Raises:
-        ValueError: if the arguments exclude each other, or the checkpoint is no joint SigLIP model.
+        ValueError: if the arguments exclude each other, there is no such device, or the checkpoint is no joint SigLIP
+            model.
         OSError: if the checkpoint or a picture cannot be read, or a side fails; with its last words.
     """
     if dtype not in TOLERANCE:
         raise ValueError(f"dtype {dtype!r} is none of {', '.join(TOLERANCE)}")
     if random is not None and (model is not None or reference is not None):
         raise ValueError("random weights take the place of a model; pass one of the two")
+    pick_device(device)  # two processes would take a minute to find out
     with tempfile.TemporaryDirectory(prefix="siglip-hf-verify-") as temporary:
         work = Path(temporary)
         if random is not None:

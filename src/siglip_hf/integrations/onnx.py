@@ -23,7 +23,7 @@ from torch import nn
 
 from siglip_hf import extras
 from siglip_hf._version import __version__
-from siglip_hf.files import check_output_folder, new_folder
+from siglip_hf.files import check_output_folder, first_line, new_folder
 from siglip_hf.loading import from_checkpoint, load_model, load_processor
 from siglip_hf.models.configuration_siglip import SiglipConfig, as_pair
 
@@ -181,7 +181,12 @@ class OnnxSiglip(nn.Module):
         self.config = from_checkpoint(SiglipConfig, folder)
         sessions = {tower: _session(folder / file, providers, num_threads) for tower, file in _FILES.items()}
         properties = sessions["vision"].get_modelmeta().custom_metadata_map
-        self.metadata: dict[str, Any] = {key: json.loads(value) for key, value in properties.items()}
+        try:
+            self.metadata: dict[str, Any] = {key: json.loads(value) for key, value in properties.items()}
+        except ValueError as error:
+            raise ValueError(f"the metadata of {folder / _FILES['vision']} are damaged: {error}") from error
+        if lacking := {"image_size", "text_length", "logit_scale", "logit_bias"} - self.metadata.keys():
+            raise ValueError(f"the metadata of {folder / _FILES['vision']} lack {', '.join(sorted(lacking))}")
         self.vision_model = _OnnxTower(sessions["vision"])
         self.text_model = _OnnxTower(sessions["text"])
         self.logit_scale = nn.Buffer(torch.tensor([self.metadata["logit_scale"]]))
@@ -323,6 +328,10 @@ def _check_model(model: Any) -> None:
             f"a {type(model).__name__} cannot be exported; give a SiglipModel (merge LoRA adapters with "
             "merge_and_unload() first)"
         )
+    if not hasattr(model.config.vision_config, "image_size"):
+        raise ValueError(
+            "a NaFlex model cannot be exported: its pictures have no one size; give a SigLIP of fixed size"
+        )
     if getattr(model, "is_quantized", False):
         raise ValueError("a quantized model cannot be exported; load it without quantization_config")
 
@@ -395,9 +404,12 @@ def _session(path: Path, providers: Sequence[str] | None = None, num_threads: in
     options.log_severity_level = 3
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
-    return onnxruntime.InferenceSession(
-        str(path), options, providers=list(providers or onnxruntime.get_available_providers())
-    )
+    try:
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=list(providers or onnxruntime.get_available_providers())
+        )
+    except Exception as error:  # its own kinds of errors have no base class
+        raise ValueError(f"ONNX Runtime cannot load {path}: {first_line(error)}") from error
 
 
 def _run(session: Any, values: np.ndarray) -> np.ndarray:

@@ -291,8 +291,8 @@ def load_embedder(origin: Origin, model: str | None = None, device: str | None =
         # In float32: the temperature and the bias, rounded to bfloat16, would move a probability by some percent.
         embedder = SiglipEmbedder(model or origin.model, device=device, dtype="float32")
     except (OSError, ValueError) as error:
-        hint = "" if model else " If it has moved, say where it is (--model)."
-        raise ValueError(f"the index was made with {origin.model}: {error}{hint}") from error
+        hint = "" if model or device else " If it has moved, say where it is (--model)."
+        raise ValueError(f"the index was made with {origin.model}: {str(error).rstrip('.')}.{hint}") from error
     check_weights(embedder, origin, model)
     return embedder
 

@@ -17,7 +17,15 @@ from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from siglip_hf.data.sources import Source, open_source
 from siglip_hf.extras import missing
-from siglip_hf.files import check_folder, new_file, only_run, read_sealed_json, sha256, write_sealed_json
+from siglip_hf.files import (
+    check_folder,
+    name_full_disk,
+    new_file,
+    only_run,
+    read_sealed_json,
+    sha256,
+    write_sealed_json,
+)
 from siglip_hf.integrations.peft import lora_config
 from siglip_hf.loading import load_checkpoint
 from siglip_hf.parallel import PIXELS
@@ -107,7 +115,8 @@ def run_training(
     plan = _plan(settings, len(source))
     identity = _identity(settings, plan, _fingerprint(source, held_out))
     _check_output(output, identity)
-    with only_run(output) if first else contextlib.nullcontext(), PIXELS.at_most(settings.max_pixels):
+    alone = only_run(output) if first else contextlib.nullcontext()
+    with alone, name_full_disk(output), PIXELS.at_most(settings.max_pixels):
         if _check_output(output, identity) and first:
             write_sealed_json(output / SETTINGS_FILE, identity)
         if (output / REPORT_FILE).exists():
