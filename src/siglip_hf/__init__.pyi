@@ -44,4 +44,6 @@ from siglip_hf.preprocessing.tokenization_siglip import SiglipTokenizer as Sigli
 from siglip_hf.preprocessing.tokenization_siglip2 import Siglip2Tokenizer as Siglip2Tokenizer
 from siglip_hf.preprocessing.tokenization_siglip_fast import SiglipTokenizerFast as SiglipTokenizerFast
 from siglip_hf.search.query import SearchIndex as SearchIndex
+from siglip_hf.serving.client import AsyncClient as AsyncClient
+from siglip_hf.serving.client import Client as Client
 from siglip_hf.training.learn import learn as learn

@@ -111,13 +111,14 @@ def labels_of(labels: Any, templates: Any, limits: Limits) -> tuple[tuple[str, .
 def _parse_item(entry: Any, index: int, limits: Limits, what: str) -> str | Picture:
     if isinstance(entry, bytes):
         return Picture(entry, index)
+    is_text = False
     if isinstance(entry, dict):
-        entry, is_picture = _content_of(entry, index, what)
-        if is_picture:
+        entry, is_text = _content_of(entry, index, what)
+        if not is_text:
             return Picture(_as_uri(entry), index)
     if not isinstance(entry, str):
         raise Problem(400, f"{what}[{index}] is a {type(entry).__name__}; it must be {_PARTS}.")
-    if entry.startswith("data:"):
+    if entry.startswith("data:") and not is_text:
         return Picture(entry, index)
     try:
         check_text(entry)
@@ -128,14 +129,14 @@ def _parse_item(entry: Any, index: int, limits: Limits, what: str) -> str | Pict
 
 
 def _content_of(part: dict[str, Any], index: int, what: str) -> tuple[str, bool]:
-    """The text of a content part, or the address of its picture, and whether it is a picture."""
+    """The text of a content part, or the address of its picture, and whether it is a text."""
     kinds = [kind for kind in ("text", "image_url", "image") if kind in part]
     value = part[kinds[0]] if len(kinds) == 1 else None
     if isinstance(value, dict):
         value = value.get("url")
     if not isinstance(value, str):
         raise Problem(400, f"{what}[{index}] is a content part that says neither a text nor a picture; give {_PARTS}.")
-    return value, kinds[0] != "text"
+    return value, kinds[0] == "text"
 
 
 def _as_uri(text: str) -> str:
