@@ -105,13 +105,24 @@ def serve(
             seconds=max_seconds,
         ),
     )
-    from siglip_hf.serving import server
+    from siglip_hf.serving.server import log_as_json
+    from siglip_hf.serving.start import serve as start
 
     if not index:
         embedded_note(model)()
-    server.log_as_json()
+    log_as_json()
     with no_library_progress():
-        server.serve(settings, host=host, port=port, log_requests=log, on_ready=lambda url: print(url, flush=True))
+        start(
+            settings,
+            host=host,
+            port=port,
+            workers=workers,
+            engine=engine.value,
+            most_workers=max_workers,
+            ray_address=ray_address,
+            log_requests=log,
+            on_ready=lambda url: print(url, flush=True),
+        )
     return 0
 
 

@@ -48,6 +48,7 @@ def create_app(
     *,
     embedder: SiglipEmbedder | None = None,
     log: Callable[[dict[str, Any]], None] = lambda entry: None,
+    behind_front: bool = False,
 ) -> Door:
     """An ASGI application that serves a model, for any ASGI server.
 
@@ -55,6 +56,7 @@ def create_app(
         settings: what is served and how; the embedded checkpoint by default.
         embedder: the model, if it is loaded already.
         log: called with a dict for each request: id, client, method, path, status, bytes, seconds; no contents.
+        behind_front: requests come from a `create_front` of another process, which has looked at keys.
 
     Raises:
         ImportError: naming the extra, if FastAPI is missing.
@@ -80,13 +82,9 @@ def create_app(
         app.add_api_route(path, function, responses={200: {"model": reply}, **problems} if reply else {})
     app.openapi = lambda: _description(app)  # type: ignore[method-assign]
 
-    def on_answer(path: str, status: int, seconds: float) -> None:
-        service.metrics.requests.labels(path, str(status)).inc()
-        service.metrics.seconds.labels(path).observe(seconds)
-        service.metrics.held_bytes.set(door.held.bytes)
-
-    door = Door(app, settings, on_answer, log)
-    return door
+    if behind_front:  # which counts and logs
+        return Door(app, settings, behind_front=True)
+    return Door(app, settings, service.metrics.on_answer, log)
 
 
 def _description(app: FastAPI) -> dict[str, Any]:

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 #: A client may ask for less time than the server's own limit, in seconds.
 TIMEOUT_HEADER = b"x-request-timeout"
+#: For whom a door asks another one.
+CLIENT_HEADER = b"x-siglip-hf-client"
 _OPEN_PATHS = ("/health/live", "/health/ready")
 _PATHS = (
     *_OPEN_PATHS,
@@ -65,6 +67,7 @@ class Door:
         settings: Settings,
         on_answer: Callable[[str, int, float], None] = lambda path, status, seconds: None,
         log: Callable[[Message], None] = lambda entry: None,
+        behind_front: bool = False,
     ) -> None:
         """Puts a door in front of an application.
 
@@ -73,10 +76,12 @@ class Door:
             settings: keys and limits.
             on_answer: called with the path ("other" for one that is not served), the status and the seconds.
             log: called with what is to be logged of a request; nothing of its contents.
+            behind_front: requests come from another door, which says for whom, and has asked for keys.
         """
         self.app, self.held = app, Held(settings.limits.held_bytes)
         self.is_draining = False
-        self._keys, self._limits = settings.api_keys, settings.limits
+        self._keys, self._limits = () if behind_front else settings.api_keys, settings.limits
+        self._behind_front = behind_front
         self._on_answer, self._log = on_answer, log
 
     async def __call__(self, scope: Message, receive: Any, send: Any) -> None:
@@ -161,6 +166,8 @@ class _Passage:
         """Lets the request in by what its headers say."""
         client = self.scope.get("client")
         name = client[0] if client else "unknown"
+        if self.door._behind_front:
+            name = self.headers.get(CLIENT_HEADER, b"").decode("latin-1") or name
         if self.door._keys and self.path not in _OPEN_PATHS:
             known = client_of(self.headers.get(b"authorization", b""), self.door._keys)
             if known is None:

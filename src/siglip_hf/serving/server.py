@@ -14,7 +14,6 @@ from typing import Any
 from pydantic_core import to_json
 
 from siglip_hf.extras import missing
-from siglip_hf.serving.app import create_app
 from siglip_hf.serving.door import Door
 from siglip_hf.serving.settings import Settings
 
@@ -81,16 +80,20 @@ def address_of(listening: socket.socket) -> str:
 class Server(uvicorn.Server):
     """uvicorn's server, which tells the door when it ends."""
 
-    def __init__(self, door: Door, seconds: float, on_ready: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, door: Door, seconds: float, on_ready: Callable[[], None] = lambda: None, uds: str | None = None
+    ) -> None:
         """Makes a server.
 
         Args:
             door: the application.
             seconds: the longest time for which accepted requests are finished at the end.
             on_ready: called when requests are taken.
+            uds: a socket's path to listen on, where none is given to `run`.
         """
         config = uvicorn.Config(
             door,
+            uds=uds,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -112,32 +115,6 @@ class Server(uvicorn.Server):
         """Begins the end, on SIGTERM or Ctrl+C: nothing more is taken, what was taken is finished."""
         self._door.is_draining = True
         super().handle_exit(sig, frame)
-
-
-def serve(
-    settings: Settings,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    log_requests: bool = True,
-    on_ready: Callable[[str], None] = print,
-) -> None:
-    """Serves a model until the process is told to end.
-
-    Args:
-        settings: what is served and how.
-        host: the address to listen on; see `check_exposure`.
-        port: 0 takes a free one.
-        log_requests: write a line for each request.
-        on_ready: called with the URL when requests are taken.
-
-    Raises:
-        OSError: if the port is taken, or an index is not there.
-        ValueError: if something cannot be loaded.
-    """
-    with listen(host, port) as listening:
-        door = create_app(settings, log=log_request if log_requests else lambda entry: None)
-        run(door, settings, listening, lambda: on_ready(address_of(listening)))
 
 
 def run(door: Door, settings: Settings, listening: socket.socket, on_ready: Callable[[], None]) -> None:

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from siglip_hf.data.embedder import SiglipEmbedder
 from siglip_hf.search.query import SearchIndex
 from siglip_hf.serving.indexes import Indexes
@@ -89,6 +91,10 @@ def load_embedder(settings: Settings) -> SiglipEmbedder:
     model = settings.model
     if model is None and settings.indexes:
         model = SearchIndex.open(next(iter(settings.indexes.values())), verify=False).origin.model
-    embedder = SiglipEmbedder(model, device=settings.device, dtype=settings.dtype, fast=settings.fast)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    embedder = SiglipEmbedder(
+        model, device=settings.device, dtype=settings.dtype, fast=settings.fast, workers=settings.threads
+    )
     embedder.batch_size = settings.batch_size or (32 if embedder.device.type == "cpu" else 64)
     return embedder

@@ -54,6 +54,7 @@ class Settings:
         fast: use `siglip_hf.optimize` on a CPU.
         batch_size: pictures or texts in one forward; by default 32 on a CPU, 64 elsewhere.
         wait: seconds that the first of a batch waits for others.
+        threads: threads of torch, and as many that decode; one per core by default.
         indexes: folder by name, for `/v1/search`.
         label_bank: a folder in which embeddings of labels are kept.
         api_keys: who has one of them is answered; empty means everyone.
@@ -68,6 +69,7 @@ class Settings:
     fast: bool = True
     batch_size: int | None = None
     wait: float = 0.002
+    threads: int | None = None
     indexes: Mapping[str, str] = field(default_factory=dict)
     label_bank: str | None = None
     api_keys: tuple[str, ...] = field(default=(), repr=False)
