@@ -111,11 +111,11 @@ def write_photos(folder: Path, count: int, size: tuple[int, int]) -> float:
     return total / count
 
 
-def write_base(folder: Path) -> str:
-    """A checkpoint of base-patch16-224 with random weights."""
+def write_base(folder: Path, text_layers: int = 1) -> str:
+    """A checkpoint of base-patch16-224 with random weights; where the text tower is not used, one block does."""
     torch.manual_seed(0)
     tokenizer = siglip_hf.SiglipTokenizerFast(str(SPIECE), model_max_length=64)
-    text = {"vocab_size": len(tokenizer), "num_hidden_layers": 1}  # the text tower is not used
+    text = {"vocab_size": len(tokenizer), "num_hidden_layers": text_layers}
     siglip_hf.SiglipModel(siglip_hf.SiglipConfig(text_config=text)).save_pretrained(folder)
     siglip_hf.SiglipProcessor(siglip_hf.SiglipImageProcessor(), tokenizer).save_pretrained(folder)
     return str(folder)
