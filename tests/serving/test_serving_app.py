@@ -7,7 +7,9 @@ import base64
 import numpy as np
 import pytest
 
+import siglip_hf
 from serving_client import ask, part, png, uri
+from siglip_hf.data.embedder import SiglipEmbedder
 from siglip_hf.inference.pipeline import SiglipZeroShotImageClassificationPipeline
 from siglip_hf.serving.app import create_app
 from siglip_hf.serving.settings import Limits, Settings
@@ -199,3 +201,16 @@ def test_metrics_count(app):
     _, text = ask(app, "/metrics")
     assert 'siglip_requests_total{path="/v1/embeddings",status="200"}' in text
     assert 'siglip_items_total{lane="pictures"}' in text
+
+
+def test_naflex_pictures_of_any_shape_share_a_batch():
+    """SigLIP 2 beside SigLIP: patches with masks, another tokenizer."""
+    embedder = SiglipEmbedder(siglip_hf.naflex_checkpoint(), device="cpu", dtype="float32", batch_size=8, workers=2)
+    app = create_app(Settings(wait=0.05), embedder=embedder)
+    pictures = [png(seed, size) for seed, size in enumerate([(90, 30), (20, 100), (64, 64)])]
+    said, rows = embed(app, ["A cat", *map(uri, pictures)])
+    np.testing.assert_allclose(rows[0], embedder.embed_texts("A cat")[0], **CLOSE)
+    np.testing.assert_allclose(rows[1:], embedder.embed_images(pictures), **CLOSE)
+    assert 2 <= said["usage"]["prompt_tokens"] <= 6
+    status, said = ask(app, "/v1/classify", {"images": uri(pictures[0]), "labels": "cat, dog"})
+    assert (status, len(said["data"][0]["labels"])) == (200, 2)

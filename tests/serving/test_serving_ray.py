@@ -11,14 +11,17 @@ from serving_client import client_of, png, uri
 from siglip_hf.serving.front import create_front
 from siglip_hf.serving.settings import Settings
 
+# Needs `pip install "ray[serve]"`, which the extra `dev` does not have: it makes each start of Ray slower.
 pytestmark = pytest.mark.slow
 
 
-def test_a_replica_is_killed_and_every_request_is_answered(checkpoint, embedder):
+def test_a_replica_is_killed_and_every_request_is_answered(checkpoint, embedder, monkeypatch):
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.serve")
     from siglip_hf.serving.ray_engine import RayReplicas
 
+    for patience in ("RAY_agent_register_timeout_ms", "RAY_raylet_start_wait_time_s"):  # for a busy machine
+        monkeypatch.setenv(patience, "300000" if patience.endswith("ms") else "300")
     settings = Settings(model=str(checkpoint), device="cpu", dtype="float32", fast=False, threads=1)
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
     try:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from siglip_hf.search.index_source import index_source
 
 from serving_client import ask, png, uri
-from siglip_hf.search.index_source import index_source
 from siglip_hf.search.query import SearchIndex
 from siglip_hf.serving import indexes
 from siglip_hf.serving.app import create_app

@@ -163,3 +163,42 @@ def test_the_command_serves_logs_and_ends_well(checkpoint, tmp_path, monkeypatch
     assert (entry["status"], entry["method"], entry["bytes"]) == (200, "POST", 26)
     assert entry["client"].startswith("key ")
     assert "secret" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 would let everyone"),
+        (["--index", "photos"], "--index photos: write NAME=FOLDER"),
+        (["--index", "a=b", "--index", "a=c"], "the name 'a' is given twice"),
+        (["--max-workers", "3"], "--max-workers is for --engine ray"),
+        (["--model", "/nowhere/at/all"], "cannot load '/nowhere/at/all': no such folder"),
+        (["--index", "a=/nowhere/a.idx"], "/nowhere/a.idx"),
+    ],
+)
+def test_wrong_usage_is_told_in_one_line(arguments, words, capsys, monkeypatch):
+    monkeypatch.delenv("SIGLIP_HF_API_KEYS", raising=False)
+    assert main(["serve", "--port", "0", *arguments]) == 2
+    said = capsys.readouterr().err.strip().splitlines()
+    assert words in said[-1]
+    assert said[-1].startswith("siglip-hf: ")
+
+
+def test_a_port_that_is_taken_is_told(capsys):
+    with listen("127.0.0.1", 0) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--port", port]) == 2
+    assert f"cannot listen on 127.0.0.1, port {port}: " in capsys.readouterr().err
+
+
+def test_langchain_and_llama_index(address, embedder):
+    """The call shapes of docs/serving.md."""
+    langchain = pytest.importorskip("langchain_openai")
+    options = {"api_key": "another-secret-of-mine", "model": "tiny-siglip", "check_embedding_ctx_length": False}
+    client = langchain.OpenAIEmbeddings(base_url=f"{address}/v1", **options)
+    np.testing.assert_allclose(client.embed_documents(["cat", "dog"]), embedder.embed_texts(["cat", "dog"]), atol=1e-5)
+    llama_index = pytest.importorskip("llama_index.embeddings.openai_like")
+    client = llama_index.OpenAILikeEmbedding(
+        api_base=f"{address}/v1", api_key="another-secret-of-mine", model_name="tiny-siglip"
+    )
+    np.testing.assert_allclose(client.get_text_embedding("cat"), embedder.embed_texts("cat")[0], atol=1e-5)

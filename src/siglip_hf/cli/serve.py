@@ -110,8 +110,7 @@ def serve(
 
     if not index:
         embedded_note(model)()
-    log_as_json()
-    with no_library_progress():
+    with log_as_json(), no_library_progress():
         start(
             settings,
             host=host,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pydantic_core import to_json
@@ -43,13 +44,24 @@ class JsonLines(logging.Formatter):
         return to_json(line).decode()
 
 
-def log_as_json(stream: Any = None) -> None:
-    """Sends warnings of everyone, and what the server itself says, to a stream (stderr) as JSON lines."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+@contextlib.contextmanager
+def log_as_json() -> Iterator[None]:
+    """In the block, warnings of everyone and what the server itself says go to stderr as JSON lines."""
+    handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonLines())
-    logging.disable(logging.NOTSET)  # the command line wants libraries quiet
-    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    root = logging.root
+    before = root.handlers, root.level, logger.level, root.manager.disable
+    root.handlers = [handler]
+    root.setLevel(logging.WARNING)
     logger.setLevel(logging.INFO)
+    logging.disable(logging.NOTSET)  # the command line wants libraries quiet
+    try:
+        yield
+    finally:
+        root.handlers, level, own_level, disabled = before
+        root.setLevel(level)
+        logger.setLevel(own_level)
+        logging.disable(disabled)
 
 
 def log_request(entry: dict[str, Any]) -> None:

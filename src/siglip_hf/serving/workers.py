@@ -183,14 +183,13 @@ def _work(settings: Settings, place: str, messages: Connection) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C reaches all; the front ends the workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    log_as_json()
-    try:
-        door = create_app(settings, behind_front=True)
-    except (OSError, ValueError) as error:
-        messages.send(str(error))
-        return
-    server = Server(door, settings.limits.seconds, lambda: messages.send(None), uds=place)
-    server.run()
+    with log_as_json():
+        try:
+            door = create_app(settings, behind_front=True)
+        except (OSError, ValueError) as error:
+            messages.send(str(error))
+            return
+        Server(door, settings.limits.seconds, lambda: messages.send(None), uds=place).run()
 
 
 def _end_with_parent() -> None:
