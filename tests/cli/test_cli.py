@@ -335,6 +335,43 @@ def test_files_of_labels_and_truth_with_a_byte_order_mark_and_other_line_ends(ru
     assert [row["label"] for row in json.loads(out)[0]["labels"]] == ["a\u2028b"]
 
 
+@pytest.mark.parametrize("naflex", [False, True])
+def test_a_file_name_that_is_not_utf8_costs_only_itself(run, folder, monkeypatch, naflex):
+    """Pictures are read by such a name; a table of rows has no place for it, so that it becomes an error there."""
+    pytest.importorskip("faiss")
+    monkeypatch.chdir(folder)
+    model = ("--model", siglip_hf.naflex_checkpoint()) if naflex else ()
+    name = os.fsdecode(b"caf\xe9.png")
+    for kind in ("one", "two"):
+        Path("data", kind).mkdir(parents=True)
+        for number in range(2):
+            shutil.copy("b.png", f"data/{kind}/{number}.png")
+    shutil.copy("a.JPG", f"data/one/{name}")
+    error = "one/caf\\udce9.png: its name is not Unicode text: 'one/caf\\udce9.png'"
+    code, out, _ = run("classify", f"data/one/{name}", "--labels", "a", "--json", "--sheet", "sheet.png", *model)
+    assert (code, json.loads(out)[0]["source"]) == (0, f"data/one/{name}")
+    Path("sheet.png").unlink()
+    for line in (
+        ("embed", "data", "--out", "emb"),
+        ("index", "data", "--out", "idx"),
+        ("evaluate", "data"),
+        ("learn", "data", "--out", "head"),
+        ("train", "data", "--out", "run", "--steps", 1, "--cpu"),
+    ):
+        if naflex and line[0] in ("learn", "train"):
+            continue
+        code, out, err = run(*line, *model)
+        assert (code, error in err.replace("\n", " ")) == (1, True), (line, err)
+    assert run("duplicates", "idx")[0] == 0
+    assert run("search", "idx", "--image", f"data/one/{name}")[0] == 0
+    for line in (("search", "idx", "\udce9"), ("search", "idx", "a", "--not", "\udce9")):
+        code, _, err = run(*line)
+        assert (code, "not valid Unicode" in err, err.count("\n")) == (2, True, 1)
+    for line in (("embed", "data", "--out", "\udce9"), ("index", "data", "--out", "\udce9"), ("search", "\udce9", "a")):
+        code, _, err = run(*line, *(model if line[0] != "search" else ()))
+        assert (code, "\\udce9" in err, err.count("\n")) == (2, True, 1)
+
+
 @pytest.mark.parametrize("kind", ["fifo", "device", "folder", "utf-16"])
 @pytest.mark.parametrize(
     "line",

@@ -34,7 +34,7 @@ from siglip_hf.preprocessing.sequences import as_list
 LARGE_PIXELS = 50_000_000
 
 # Conversions take up to four times a picture's memory; so they are done in strips of about this many pixels.
-_STRIP_PIXELS = 4_000_000
+_STRIP_PIXELS = 1_000_000
 
 #: How many times larger than the result, along each side, a reduced decode must at least be.
 DRAFT_MARGIN = 4

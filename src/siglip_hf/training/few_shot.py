@@ -26,6 +26,8 @@ ZERO_SHOT = "zero-shot"
 
 # Pictures that candidates are compared on. The chosen one is fitted to all.
 _MOST_COMPARED = 5_000
+# A spread of less is none, as of pictures that are all the same.
+_LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def _some_of_each(truth: np.ndarray, most: int, seed: int) -> np.ndarray:
 def _candidates(x: np.ndarray, y: np.ndarray, texts: np.ndarray, only: str = "") -> Iterator[tuple[str, Linear]]:
     """Every classifier of these pictures by its name; of the kind that begins with `only` if that is given."""
     zero_shot = Linear(texts, np.zeros(len(texts), np.float32))
-    spread = zero_shot.logits(x).std()
+    spread = max(zero_shot.logits(x).std(), _LEAST)
     yield ZERO_SHOT, zero_shot
     kinds = {f"logistic regression C={penalty:g}": penalty for penalty in PENALTIES} | {"class means": 0.0}
     wanted = {kind: penalty for kind, penalty in kinds.items() if not only or only.partition(" + ")[0] == kind}
@@ -168,7 +170,7 @@ def _candidates(x: np.ndarray, y: np.ndarray, texts: np.ndarray, only: str = "")
     for kind, penalty in wanted.items():
         few_shot = next(regressions) if penalty else _nearest_mean(x, y)
         # Logits of equal spread, so that a share means the same for every kind.
-        few_shot = few_shot.scaled(1 / few_shot.logits(x).std())
+        few_shot = few_shot.scaled(1 / max(few_shot.logits(x).std(), _LEAST))
         for share in SHARES:
             name = f"{kind} + {share:.0%} {ZERO_SHOT}" if share else kind
             weight = (1 - share) * few_shot.weight + share / spread * texts
@@ -186,7 +188,7 @@ def _logistic_regressions(x: np.ndarray, y: np.ndarray, penalties: Sequence[floa
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    centre, scale = x.mean(axis=0), 1 / np.sqrt(x.var(axis=0).mean())
+    centre, scale = x.mean(axis=0), 1 / np.sqrt(max(x.var(axis=0).mean(), _LEAST))
     model = LogisticRegression(warm_start=True)
     for penalty in penalties:
         with warnings.catch_warnings():
