@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from siglip_hf.search.index_source import index_source
+from siglip_hf.search.sources_to_index import index_source
 
 from serving_client import ask, png, uri
 from siglip_hf.search.query import SearchIndex
