@@ -13,6 +13,8 @@ ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md"), *(ROOT / "scripts").rglob("*.md"), *DOCS.rglob("*.ipynb")])
 PAGES = [page for page in PAGES if page.name != "CHANGELOG.md"]
+# Pages of other measurements than the cards', each with the script that prints them.
+OTHERS = {"learn": "scripts/checkpoints/evaluate_learned.py"}
 # Words of a line that gives a figure of an embedded checkpoint.
 MEASURE = re.compile(r"FxEmoji|OpenMoji|10-way|10지선다|(?:un)?seen concepts|plain concepts|scripted|sketches|스케치")
 # "18 of 24", and so on; a share of the demo's pictures.
@@ -50,6 +52,9 @@ def test_figures_are_the_cards(page):
     assert right is not None
     assert shares(text) <= {right[1], "24"}, "the card has another share of the demo's pictures"
     known = [float(number) for number in re.findall(r"\d+(?:\.\d+)?", cards())]
+    if script := OTHERS.get(page.name.partition(".")[0]):
+        assert script in text
+        return
     for shown in percents(text):
         digits = len(shown.partition(".")[2])
         # Half a unit of the last digit shown, and a little for rounding twice.
