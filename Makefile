@@ -89,9 +89,10 @@ test-browser: $(DEV) ## try the web pages in a headless Chromium (Debian: chromi
 test-gpu: $(DEV) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
-test-faults: $(DEV) ## damage files, kill runs, read hostile texts; prints what became of each (half an hour)
+test-faults: $(DEV) ## damage files, kill runs, read hostile texts, huge pictures; prints what became of each (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/checks/damage.py --inputs 3000
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/checks/kills.py --kills 20
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/checks/memory.py
 
 lint: $(DEV) ## check style and types
 	$(BIN)/ruff check .
