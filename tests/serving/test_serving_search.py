@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from siglip_hf.search.sources_to_index import index_source
 
 from serving_client import ask, png, uri
 from siglip_hf.search.query import SearchIndex
+from siglip_hf.search.sources_to_index import index_source
 from siglip_hf.serving import indexes
 from siglip_hf.serving.app import create_app
 from siglip_hf.serving.settings import Settings
