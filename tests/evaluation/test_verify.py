@@ -65,13 +65,15 @@ def test_a_broken_weight_is_found(original, tmp_path, capfd):
     command = ["verify", str(broken), str(tmp_path / "picture.png"), "--reference", str(original), "--json"]
     assert main(command) == 1
     report = json.loads(capfd.readouterr().out)
-    found = {row["name"]: row["ok"] for row in report["comparisons"] if row["name"] != "scores"}  # near 0 in all
+    found = {row["name"]: row["ok"] for row in report["comparisons"]}
+    assert max(row["allowed"] for row in report["comparisons"] if row["name"] == "scores") < 1e-5  # all near 0
     assert found == {
         "token ids": True,
         "pixel values": True,
         "image embeddings": False,
         "text embeddings": True,
         "logits": False,
+        "scores": False,
     }
     assert report["verdict"].startswith("DIFFERENT: image embeddings differ by 0.")
 
@@ -135,6 +137,30 @@ def test_the_published_example_is_asked_for(original, tmp_path):
     assert notes == []
     cases, _ = module._cases(config, str(original), "my/own", [str(picture)], None, False, tmp_path)
     assert cases.keys() == {"yours"}
+
+
+def test_labels_are_read_as_words_on_both_sides(original, tmp_path):
+    """`_` is a space in a label here, and stock deletes it: the texts compared are the same, and a note says so."""
+    config = module._joint_config(str(original))
+    cases, notes = module._cases(config, "folder", "own", None, "hot_air_balloon, cat", False, tmp_path)
+    assert cases["yours"]["texts"] == ["This is a photo of hot air balloon.", "This is a photo of cat."]
+    assert len(notes) == 1
+    assert "'hot_air_balloon' as 'hot air balloon'" in notes[0]
+
+
+def row_of(stock_logit: float, our_logit: float, dtype: str) -> module.Comparison:
+    stock, ours = ({"yours/logits_per_image": torch.tensor([[logit]])} for logit in (stock_logit, our_logit))
+    return module._compare(stock, ours, dtype, 100.0)[-1]
+
+
+@pytest.mark.parametrize("logit", [-30.0, -16.0, -2.0, 0.0, 5.0])
+@pytest.mark.parametrize("dtype", module.TOLERANCE)
+def test_scores_allow_what_logits_do(logit, dtype):
+    """Rounding passes at any score, also near 0; ten times as much does not, where a score can show it."""
+    allowed = module.TOLERANCE[dtype] * 100
+    assert row_of(logit, logit + 0.9 * allowed, dtype).ok
+    if dtype == "float32":
+        assert not row_of(logit, logit + 10 * allowed, dtype).ok
 
 
 def test_a_picture_out_of_reach_is_said(original, tmp_path, monkeypatch):

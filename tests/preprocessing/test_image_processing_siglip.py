@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
+from packaging import version
 from PIL import Image, ImageFilter
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
@@ -89,7 +91,12 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("source", SOURCES)
+# Stock before transformers 5.21 drops an alpha channel, and does not know arrays with one channel.
+OLD_STOCK = version.parse(transformers.__version__) < version.parse("5.21")
+UNLIKE_OLD_STOCK = {"LA", "RGBA", "RGBA array", "one channel"}
+
+
+@pytest.mark.parametrize("source", [name for name in SOURCES if not (OLD_STOCK and name in UNLIKE_OLD_STOCK)])
 def test_every_source_equals_stock(source):
     stock = values(SiglipImageProcessorPil(size=SMALL), SOURCES[source])
     ours = values(SiglipImageProcessor(size=SMALL), SOURCES[source])
@@ -139,6 +146,7 @@ def test_without_resizing():
         np.testing.assert_array_equal(values(processor, floats)[0], floats.transpose(2, 0, 1))
 
 
+@pytest.mark.skipif(OLD_STOCK, reason="stock before 5.21 does not read one channel")
 def test_kept_channels():
     options = {"do_convert_rgb": False, "image_mean": [0.5], "image_std": [0.5], "size": SMALL}
     grey = Image.fromarray(noise(70, 64)).convert("L")

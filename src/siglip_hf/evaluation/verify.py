@@ -7,6 +7,7 @@ and time and memory are each side's own.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -22,8 +23,8 @@ from torch import nn
 
 from siglip_hf.loading import pick_device
 
-# Largest difference of embeddings of length 1; logits may differ by that times the temperature, scores by a quarter of
-# the logits' (the sigmoid's steepest slope).
+# Largest difference of embeddings of length 1; logits may differ by that times the temperature, scores by that of
+# the logits times the sigmoid's slope.
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 _PICTURES = Path(__file__).parents[1] / "apps" / "pictures"
@@ -226,6 +227,7 @@ def _cases(
     """What both sides are asked for: the user's pictures and texts, and the published example where there is one."""
     from siglip_hf.inference.label_bank import parse_labels
     from siglip_hf.preprocessing.image_intake import load_picture
+    from siglip_hf.preprocessing.text_cleaning import label_words
 
     notes: list[str] = []
     sources = [str(_PICTURES / file) for file in DEFAULT_PICTURES] if not pictures else list(pictures)
@@ -233,7 +235,13 @@ def _cases(
     for number, source in enumerate(sources):
         files.append(str(work / f"picture{number}.png"))
         load_picture(source).save(files[-1])  # one by one: all of them may not fit into memory
-    texts = [TEMPLATE.format(label) for label in parse_labels(labels if labels is not None else DEFAULT_LABELS)]
+    given = parse_labels(labels if labels is not None else DEFAULT_LABELS)
+    texts = [TEMPLATE.format(label_words(label)) for label in given]
+    if joined := next((label for label in given if label != label_words(label)), None):
+        notes.append(
+            f"both sides read {joined!r} as {label_words(joined)!r}, as this package's label paths and the original "
+            "evaluation do; stock's pipeline leaves `_` to the tokenizer, and SigLIP's deletes it"
+        )
     if config.text_config.vocab_size >= 256_000 or config.model_type == "siglip2":
         # It was trained so. Our tokenizer lowercases by itself; stock's GemmaTokenizer keeps capitals.
         texts = [text.lower() for text in texts]
@@ -318,7 +326,11 @@ def _compare(
             difference = float("inf") if one is None or other is None else _difference(one, other)
             rows.append(Comparison(name, shape, difference, limit))
     scores = [side["yours/logits_per_image"].double().sigmoid() for side in (stock, ours)]
-    rows.append(Comparison("scores", tuple(scores[1].shape), _difference(*scores), logits / 4))
+    # The sigmoid's steepest slope where these scores lie: near 0, where most are, a wrong score is a small number too.
+    # Within `logits` of a place the slope grows by no more than that power of e.
+    slope = max((score * (1 - score)).max().item() for score in scores)
+    limit = logits * min(slope * math.exp(logits), 1 / 4)
+    rows.append(Comparison("scores", tuple(scores[1].shape), _difference(*scores), limit))
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Text as SigLIP was trained on it: lowercased, without ASCII punctuation, single spaces.
+"""Text as the original zero-shot evaluation cleans it: lowercased, without ASCII punctuation, single spaces.
 
 Source: `_canonicalize_text` of big_vision's zero-shot evaluation (`evaluators/proj/image_text/prompt_engineering.py`);
 stock's `SiglipTokenizer` applies it to every text, without the step of `label_words`, which is for class names alone.
