@@ -9,6 +9,7 @@ from siglip_hf.inference.pooling_map import pooling_attention as pooling_attenti
 from siglip_hf.integrations.big_vision import convert_big_vision as convert_big_vision
 from siglip_hf.integrations.convert import convert_weights as convert_weights
 from siglip_hf.integrations.onnx import export_onnx as export_onnx
+from siglip_hf.integrations.onnx_layouts import export_layout as export_layout
 from siglip_hf.integrations.peft import lora_config as lora_config
 from siglip_hf.loading import default_checkpoint as default_checkpoint
 from siglip_hf.loading import naflex_checkpoint as naflex_checkpoint

@@ -193,7 +193,7 @@ def given_file(file):
 
 
 def test_a_difference_is_refused_with_its_measure(tmp_path, monkeypatch, exported):
-    monkeypatch.setattr(export_module, "_to_onnx", given_file(exported[1] / "vision.onnx"))
+    monkeypatch.setattr(export_module, "to_onnx", given_file(exported[1] / "vision.onnx"))
     other = tiny_model(seed=1)
     tower = export_module._VisionTower(other)
     pictures = tower.example(other.config, 5)
@@ -210,7 +210,7 @@ def test_a_difference_is_refused_with_its_measure(tmp_path, monkeypatch, exporte
 @pytest.mark.parametrize("value", [np.inf, np.nan])
 def test_embeddings_that_are_not_finite_are_refused(tmp_path, monkeypatch, exported, value):
     # ONNX Runtime gives infinite embeddings, not NaN, where a layer leaves the range of float16.
-    monkeypatch.setattr(export_module, "_to_onnx", given_file(exported[1] / "vision.onnx"))
+    monkeypatch.setattr(export_module, "to_onnx", given_file(exported[1] / "vision.onnx"))
     monkeypatch.setattr(export_module, "_run", lambda session, values: np.full((5, 32), value, np.float32))
     with pytest.raises(ValueError, match=r"the lowest cosine is nan, at least 0\.999 is needed in float16"):
         export_onnx(tiny_model(), tmp_path / "out", dtype=torch.float16)

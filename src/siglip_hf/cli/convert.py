@@ -48,12 +48,29 @@ def export(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The folder to write.")] = None,
     dtype: Annotated[str, typer.Option(help="float32 or float16.")] = "float32",
     opset: Annotated[int, typer.Option(help="ONNX operator set, 18 to 23.")] = 20,
+    layout: Annotated[
+        str | None, typer.Option(help="Files as another program looks for them: transformers.js or immich.")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="With --layout: fp32, fp16, q8; may be given several times.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an export that is there.")] = False,
 ) -> None:
     """Write both towers as ONNX files; refused if their embeddings are not PyTorch's."""
     from siglip_hf.integrations.onnx import export_onnx
+    from siglip_hf.integrations.onnx_layouts import export_layout
 
     folder = _folder(out, output)
+    if layout is not None:
+        if dtype != "float32":
+            raise ValueError(f"--dtype {dtype} goes with no --layout; give --precision fp16.")
+        made = export_layout(model, folder, layout=layout, precisions=precision, opset=opset, overwrite=overwrite)
+        print(f"{folder}: for {layout}; lowest cosine to PyTorch:")
+        for file, cosine in made.cosines.items():
+            print(f"  {file} {cosine:.7f}")
+        return
+    if precision:
+        raise ValueError("--precision goes with --layout; give --dtype float16 for half the size.")
     result = export_onnx(model, folder, dtype=dtype, opset=opset, overwrite=overwrite)
     cosines = ", ".join(f"{tower}.onnx {cosine:.7f}" for tower, cosine in result.cosines.items())
     print(f"{folder}: lowest cosine to PyTorch: {cosines}")

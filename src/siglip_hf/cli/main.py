@@ -116,6 +116,7 @@ _COMMANDS = (
         (
             "siglip-hf export tuned --out tuned-onnx",
             "siglip-hf export google/siglip2-base-patch16-224 --out onnx --dtype float16",
+            "siglip-hf export tuned --layout transformers.js --out tuned-js",
         ),
     ),
 )

@@ -94,7 +94,7 @@ def export_onnx(
             cannot be used.
         ImportError: Without the `export` extra; the message says what to install.
     """
-    _require_packages("onnx", "onnxscript", "onnxruntime")
+    require_packages("onnx", "onnxscript", "onnxruntime")
     torch_dtype = {str(known): known for known in MIN_COSINE}.get(f"torch.{str(dtype).removeprefix('torch.')}")
     if torch_dtype is None:
         raise ValueError(f"dtype={dtype!r} cannot be exported; give float32 or float16")
@@ -105,24 +105,24 @@ def export_onnx(
         folder_or_name = model
         model = load_model(folder_or_name, dtype=torch.float32)
         processor = load_processor(folder_or_name, model) if processor is None else processor
-    _check_model(model)
+    check_model(model)
 
     metadata = _metadata(model, processor, torch_dtype)
-    reference = _for_export(model, torch.float32)
-    exported = reference if torch_dtype == torch.float32 else _for_export(model, torch_dtype)
+    reference = for_export(model, torch.float32)
+    exported = reference if torch_dtype == torch.float32 else for_export(model, torch_dtype)
     cosines: dict[str, float] = {}
     with new_folder(output_folder, overwrite=overwrite, marker=_FILES["vision"]) as folder:
         for tower, file in _FILES.items():
             wrapper = _TOWERS[tower]
-            program = _to_onnx(wrapper(exported), wrapper.example(model.config, _TRACED), opset)
+            program = to_onnx(wrapper(exported), (wrapper.example(model.config, _TRACED),), opset)
             example = wrapper.example(model.config, _CHECKED)
             with torch.inference_mode():
                 expected = wrapper(reference)(example).numpy()  # (B, E)
             for key, value in metadata.items():
                 program.model.metadata_props[key] = json.dumps(value)
             program.save(folder / file)
-            session = _session(folder / file, ["CPUExecutionProvider"])
-            cosines[tower] = _lowest_cosine(_run(session, example.numpy()), expected)
+            session = open_session(folder / file, ["CPUExecutionProvider"])
+            cosines[tower] = lowest_cosine(_run(session, example.numpy()), expected)
             # Written so that NaN, which compares false with everything, is refused as well.
             if not cosines[tower] >= MIN_COSINE[torch_dtype]:
                 raise ValueError(
@@ -172,14 +172,14 @@ class OnnxSiglip(nn.Module):
             ValueError: If the folder is no export.
             ImportError: Without onnxruntime; the message says what to install.
         """
-        _require_packages("onnxruntime")
+        require_packages("onnxruntime")
         super().__init__()
         folder = Path(folder)
         for file in (*_FILES.values(), "config.json"):
             if not (folder / file).is_file():
                 raise ValueError(f"{folder} has no {file}; make it with `siglip-hf export MODEL {folder}`")
         self.config = from_checkpoint(SiglipConfig, folder)
-        sessions = {tower: _session(folder / file, providers, num_threads) for tower, file in _FILES.items()}
+        sessions = {tower: open_session(folder / file, providers, num_threads) for tower, file in _FILES.items()}
         properties = sessions["vision"].get_modelmeta().custom_metadata_map
         try:
             self.metadata: dict[str, Any] = {key: json.loads(value) for key, value in properties.items()}
@@ -287,7 +287,7 @@ class _VisionTower(nn.Module):
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).clamp(-1, 1)
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        return _normalized(self.model.encode_image(pixel_values, normalize=False))
+        return normalized(self.model.encode_image(pixel_values, normalize=False))
 
 
 class _TextTower(nn.Module):
@@ -302,25 +302,39 @@ class _TextTower(nn.Module):
         return torch.randint(text.vocab_size, shape, generator=torch.Generator().manual_seed(0))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return _normalized(self.model.encode_text(input_ids, normalize=False))
+        return normalized(self.model.encode_text(input_ids, normalize=False))
 
 
 _TOWERS: dict[str, Any] = {"vision": _VisionTower, "text": _TextTower}
 
 
-def _normalized(embeds: torch.Tensor) -> torch.Tensor:
+def normalized(embeds: torch.Tensor) -> torch.Tensor:
+    """Scales each row of (B, E) to length 1, in float32."""
     # In float32 in a float16 export too: a sum of squares leaves float16's range early.
     return nn.functional.normalize(embeds.float(), dim=-1)
 
 
-def _require_packages(*names: str) -> None:
+def require_packages(*names: str) -> None:
+    """Refuses to begin without them.
+
+    Args:
+        *names: Modules of the extra `export`.
+
+    Raises:
+        ImportError: with what to install.
+    """
     import importlib.util
 
     if missing := [name for name in names if importlib.util.find_spec(name) is None]:
         raise extras.missing(f"this needs {', '.join(missing)}", "export")
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
+    """Refuses what cannot be exported.
+
+    Raises:
+        ValueError: If it is no `SiglipModel`, or is quantized.
+    """
     from siglip_hf.models.modeling_siglip import SiglipModel
 
     if not isinstance(model, SiglipModel):
@@ -336,7 +350,7 @@ def _check_model(model: Any) -> None:
         raise ValueError("a quantized model cannot be exported; load it without quantization_config")
 
 
-def _for_export(model: Any, dtype: torch.dtype) -> Any:
+def for_export(model: Any, dtype: torch.dtype) -> Any:
     """A copy on the CPU with attention that torch.export can follow."""
     model = copy.deepcopy(model).cpu().to(dtype).eval()
     model.set_attn_implementation("sdpa")
@@ -365,14 +379,35 @@ def _metadata(model: Any, processor: Any, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _to_onnx(tower: nn.Module, example: torch.Tensor, opset: int) -> Any:
+def to_onnx(
+    tower: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    opset: int,
+    inputs: Sequence[str] | None = None,
+    outputs: Sequence[str] = ("embeds",),
+    batches: Sequence[str] = ("batch",),
+) -> Any:
+    """The program of a module with a free first axis of every input.
+
+    Args:
+        tower: the module.
+        example: its inputs, (B, ...) each.
+        opset: ONNX operator set.
+        inputs: their names; those of `forward` by default.
+        outputs: names of what it gives.
+        batches: names of the inputs' first axes.
+
+    Raises:
+        ValueError: If the installed torch exports another opset.
+    """
     with _quiet():
         program = torch.onnx.export(
             tower.eval(),
-            (example,),
+            example,
             dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            output_names=["embeds"],
+            dynamic_shapes=tuple({0: torch.export.Dim(name)} for name in batches),
+            input_names=inputs,
+            output_names=outputs,
             opset_version=opset,
             verbose=False,
         )
@@ -397,7 +432,8 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _session(path: Path, providers: Sequence[str] | None = None, num_threads: int | None = None) -> Any:
+def open_session(path: Path, providers: Sequence[str] | None = None, num_threads: int | None = None) -> Any:
+    """ONNX Runtime's session of a file; arguments as of `OnnxSiglip`."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -417,7 +453,7 @@ def _run(session: Any, values: np.ndarray) -> np.ndarray:
     return embeds
 
 
-def _lowest_cosine(embeds: np.ndarray, expected: np.ndarray) -> float:
+def lowest_cosine(embeds: np.ndarray, expected: np.ndarray) -> float:
     """Of the rows of two (B, E); NaN where a row is not finite."""
     first, second = embeds.astype(np.float64), expected.astype(np.float64)
     with np.errstate(invalid="ignore"):
