@@ -268,7 +268,8 @@ def test_the_snippets_of_the_page_run(checkpoint, exported, picture, tmp_path, m
     assert len(snippets) == 4
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(siglip_hf, "default_checkpoint", lambda: str(checkpoint))
-    picture.save("cat.png")
+    Path("drawings").mkdir()
+    picture.save("drawings/cat.png")
     # The page's first step is the fixture's; tracing it once more would tell nothing.
     monkeypatch.setattr(
         siglip_hf, "export_onnx", lambda model, output, **_: shutil.copytree(exported[1], output) and exported[2]
@@ -278,6 +279,6 @@ def test_the_snippets_of_the_page_run(checkpoint, exported, picture, tmp_path, m
         exec(snippet, names)
     table = page[page.index("| key") : page.index("## What is")]
     assert set(names["metadata"]) == set(re.findall(r"`(\w+)`", table))
-    rows = names["classify"]("cat.png", candidate_labels=["a cat", "a dog"], hypothesis_template="{}")
+    rows = names["classify"]("drawings/cat.png", candidate_labels=["a cat", "a dog"], hypothesis_template="{}")
     scores = {row["label"]: row["score"] for row in rows}
     assert names["probabilities"][0].tolist() == pytest.approx([scores["a cat"], scores["a dog"]], rel=1e-3)
