@@ -208,7 +208,9 @@ def draw_sheet(results: list[Classified], path: Path, summary: str) -> list[str]
             missing.append(f"{result.source}: {error.reason}")
             continue
         if picture is not None:
-            labels = [(row["label"], row.get("softmax", row.get("probability"))) for row in result.labels[:3]]
+            labels = [
+                (row["label"], row["softmax"] if "softmax" in row else row["probability"]) for row in result.labels[:3]
+            ]
             cards.append(Card(picture, result.truth or Path(result.source).name, labels, result.truth))
     if not cards:
         raise ValueError(f"no contact sheet: none of the pictures can be read any more; {missing[0]}")
