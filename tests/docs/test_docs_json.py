@@ -9,6 +9,7 @@ import shutil
 
 import pytest
 import typer
+from PIL import Image
 
 from json_shapes import PAGE, SECTION, keys, section, shown
 from siglip_hf.apps.page import demo_folder
@@ -23,6 +24,11 @@ def folder(tmp_path_factory):
     pytest.importorskip("faiss")
     made = tmp_path_factory.mktemp("page")
     shutil.copytree(demo_folder(), made / "drawings")
+    for name in ("cat", "key"):
+        (made / "classes" / name).mkdir(parents=True)
+        for angle in (0, 8, 16):
+            turned = Image.open(demo_folder() / f"{name}.png").convert("RGBA").rotate(angle)
+            turned.save(made / "classes" / name / f"{angle}.png")
     return made
 
 
@@ -32,7 +38,7 @@ def test_every_command_with_json_is_on_the_page():
     assert {name for name, _ in SECTION.findall(PAGE.read_text())} == with_json
 
 
-@pytest.mark.parametrize("command", ["classify", "search", "duplicates", "clusters", "evaluate"])
+@pytest.mark.parametrize("command", ["classify", "search", "duplicates", "clusters", "evaluate", "learn"])
 def test_keys_are_those_printed(command, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     (code,) = re.findall(r"^```bash\n(.*?)^```", section(command), re.DOTALL | re.MULTILINE)
