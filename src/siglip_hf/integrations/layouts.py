@@ -159,7 +159,7 @@ def _same(own: str, other: str, names: Iterable[str]) -> list[Rule]:
     return [Rule(f"{other}{name}", (f"{own}{name}",)) for name in names]
 
 
-def _renamed(own: str, other: str, names: Mapping[str, str | tuple[str, ...]]) -> list[Rule]:
+def _renamed(own: str, other: str, names: Mapping[str, Any]) -> list[Rule]:
     """Rules of layers: their name there -> ours, or several of ours that are packed."""
     return [
         Rule(
@@ -186,8 +186,8 @@ def _tower_of_transformers(other: str, own: str, config: Any, norm: str) -> list
             Rule(f"{other}head.attention.in_proj_{kind}", tuple(f"{own}head.{name}.{kind}" for name in _POOLING))
             for kind in ("weight", "bias")
         ]
-        names = ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")
-        found += _same(f"{own}head.", f"{other}head.", (kind for name in names for kind in _layer(name)))
+        pooling = ("attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")
+        found += _same(f"{own}head.", f"{other}head.", (kind for name in pooling for kind in _layer(name)))
     return found
 
 

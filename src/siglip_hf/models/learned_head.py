@@ -15,6 +15,8 @@ class LearnedHead(nn.Module):
     the mean of the tokens would give wrong answers in silence.
     """
 
+    class_means: torch.Tensor
+
     def __init__(self, width: int, num_labels: int):
         super().__init__()
         self.linear = nn.Linear(width, num_labels)

@@ -159,7 +159,7 @@ def learn(
     unknown_below = float(np.quantile(found.nearest, unknown_rate))
     order = np.argsort(-found.best.logits, axis=1, kind="stable")[:, : min(5, len(classes))]
     zero_shot = next(one.accuracy for one in found.candidates if one.name == ZERO_SHOT)
-    numbers = {
+    numbers: dict[str, Any] = {
         "unknown_below": unknown_below,
         "unknown_rate": unknown_rate,
         "unknown_found": float((found.nearest_other < unknown_below).mean()),
@@ -182,7 +182,7 @@ def learn(
         candidates=found.candidates,
         confusion=ZeroShotAccuracy(tuple(classes), torch.from_numpy(right), torch.from_numpy(order.copy())),
         unknown_rate=unknown_rate,
-        unknown_found=float(numbers["unknown_found"]),
+        unknown_found=numbers["unknown_found"],
         skipped=skipped,
         unused=embedded.unused,
     )
