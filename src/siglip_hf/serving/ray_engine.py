@@ -26,7 +26,7 @@ class _Replica:
     def __init__(self, settings: Settings) -> None:
         import httpx2 as httpx
 
-        door = create_app(settings, behind_front=True)
+        door: Any = create_app(settings, behind_front=True)
         self._http = httpx.AsyncClient(transport=httpx.ASGITransport(door), base_url="http://worker", timeout=None)
 
     async def __call__(
@@ -89,7 +89,7 @@ class RayReplicas:
                 "max_replicas": most,
                 "target_ongoing_requests": TARGET_REQUESTS,
             }
-        deployment = serve.deployment(_Replica).options(**options)
+        deployment: Any = serve.deployment(_Replica, **options)
         try:
             self.handle = serve.run(deployment.bind(settings), name=_NAME, route_prefix=None)
         except (RuntimeError, *self._errors) as error:
