@@ -173,6 +173,17 @@ def test_sheets_and_pages_keep_pictures_small(tmp_path, budget):
     assert PIXELS._held == 0
 
 
+def test_a_very_large_picture_of_a_result_is_never_in_memory_twice(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_intake, "LARGE_PIXELS", 1000)
+    made = []
+    new = Image.new
+    monkeypatch.setattr(Image, "new", lambda mode, size, *rest: (made.append(size), new(mode, size, *rest))[1])
+    Image.fromarray(np.full((1300, 1300, 4), 99, np.uint8)).save(tmp_path / "a.png")
+    assert read_hit(str(tmp_path / "a.png"), 200).size == (200, 200)
+    assert (217, 217) in made, "6 times smaller while it is converted, strip by strip"
+    assert (1300, 1300) not in made
+
+
 def test_verify_takes_large_pictures_one_by_one(tmp_path, monkeypatch):
     monkeypatch.setattr(verify_side, "HELD_PIXELS", 1000)
     paths = files(tmp_path, 6)

@@ -16,7 +16,7 @@ from siglip_hf._version import __version__
 from siglip_hf.apps import page
 from siglip_hf.files import sha256
 from siglip_hf.parallel import PIXELS
-from siglip_hf.preprocessing.image_intake import PictureError, load_picture
+from siglip_hf.preprocessing.image_intake import DRAFT_MARGIN, PictureError, load_picture
 
 if TYPE_CHECKING:
     import gradio
@@ -194,7 +194,8 @@ def read_hit(path: str, side: int = page.MAX_SIDE) -> Image.Image:
 
     try:
         with PIXELS.bounded():
-            picture = load_picture(picture_at(path), draft_to=side)
+            # A very large one is reduced to little more than `side`, so that it never lies in memory twice.
+            picture = load_picture(picture_at(path), draft_to=-(-side // DRAFT_MARGIN))
             picture.thumbnail((side, side))
             return picture
     except OSError as error:
