@@ -154,7 +154,7 @@ def evaluate(evaluator: Evaluator, data: Path) -> dict[str, dict[str, float]]:
     results = {}
     for style in read_styles(data, "evaluate"):
         pictures, _ = read_pictures(data, [style], concepts)
-        images, concept = evaluator.embed_pictures(on_white(pictures.pixels)), pictures.concept
+        images, concept = evaluator.embed_pictures(on_white(pictures.pixels[:])), pictures.concept
         result = {
             "10-way, seen concepts": ten_way(images, classes["full"], concept, seen),
             "10-way, unseen concepts": ten_way(images, classes["full"], concept, unseen),

@@ -64,7 +64,7 @@ def evaluate(folder: str, data: Path, budgets: tuple[int, ...]) -> dict[str, dic
     concepts = read_concepts(data)
     evaluator = Evaluator(folder, concepts)
     pictures, _ = read_pictures(data, [STYLE], concepts)
-    images, concept = on_white(pictures.pixels), pictures.concept
+    images, concept = on_white(pictures.pixels[:]), pictures.concept
     seen = torch.tensor([entry["split"] == "train" for entry in concepts]).nonzero()[:, 0]
     plain = torch.tensor([entry["plain"] for entry in concepts]).nonzero()[:, 0]
     classes = evaluator.embed_classes(english)
