@@ -583,3 +583,18 @@ def test_a_copy_computes_the_same(model):
     assert packed_blocks(copied) == [False, False]
     assert packed_blocks(model) == [True, True]
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_threads_compute_while_another_takes_the_weights_back(model):
+    want, meet = embed(model), threading.Barrier(5, timeout=60)
+    siglip_hf.optimize(model, torch.float32)
+
+    def work(number):
+        meet.wait()
+        return [embed(model) for _ in range(10)] if number else model.state_dict()
+
+    with ThreadPoolExecutor(5) as pool:
+        _, *embeds = pool.map(work, range(5))
+    assert packed_blocks(model) == [False, False]
+    for got in (pair for each in embeds for pair in each):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=0)

@@ -103,7 +103,7 @@ class SiglipImageProcessorBase(KnownAsStock, BaseImageProcessor):
         self._set_attributes(**given)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Loads the settings of a folder or repository; arguments and errors as of every image processor."""
         if kwargs.get("_from_auto"):
             files = ("processor_config.json", "preprocessor_config.json", "config.json")

@@ -82,7 +82,7 @@ class SiglipProcessor(KnownAsStock, ProcessorMixin):
         super().__init__(image_processor, tokenizer, **kwargs)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """Loads the parts from a folder or repository; arguments and errors as of every processor.
 
         Called by `AutoProcessor` with `trust_remote_code=True`, it gives the processor that the repository brings.

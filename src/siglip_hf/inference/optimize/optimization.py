@@ -118,7 +118,7 @@ def pack(model: nn.Module) -> bool:
             isinstance(getattr(model, "optimization", None), Optimization)
             or _reason_against(model)
             or {parameter.dtype for parameter in model.parameters()} != {torch.float32}
-            or any(is_held(block) for encoder in _encoders(model) for block in encoder.layers)
+            or any(is_held(block) for encoder in _encoders(model) for block in encoder.layers)  # type: ignore[arg-type]
             or not _pack(model, torch.float32, report, int8=False)
         ):
             return False

@@ -16,7 +16,7 @@ import math
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ def is_held(block: SiglipEncoderLayer) -> bool:
     """
     return any(
         # One reference each: the layer's dictionary, this loop, the call.
-        sys.getrefcount(parameter) > 3 or parameter.grad is not None
+        sys.getrefcount(parameter) > 3 or parameter.grad is not None  # type: ignore[union-attr]
         for linear in linears(block)
         for parameter in linear._parameters.values()
     )
@@ -203,9 +203,10 @@ class PackedBlock:
         self.fc2 = linear(mlp.fc2, dtype=dtype)
         self.activation_fn = None if self.fc1.fused else mlp.activation_fn
         self.is_trainable = any(p.requires_grad for layer in self.layers for p in layer.parameters())
+        self.given_up = [GivenUp(layer._parameters, self) for layer in self.layers]
         block.packed = self
-        for layer in self.layers:
-            layer._parameters = GivenUp(layer._parameters, self)
+        for layer, parameters in zip(self.layers, self.given_up, strict=True):
+            layer._parameters = parameters
 
     def tensors(self, layer: nn.Linear) -> tuple[torch.Tensor, ...]:
         """What one of the linear layers gave up: weight and bias; in int8 what stands for them."""
@@ -215,7 +216,7 @@ class PackedBlock:
         return tuple(tensor.chunk(3)[place] for tensor in self.qkv.tensors())
 
     @functools.cached_property
-    def _parts(self) -> list[tuple[dict[str, Any], str, nn.Module]]:
+    def _parts(self) -> list[tuple[dict[str, Any], str, Any]]:
         """What the packed pass goes around: all of it must stay as it is, and nobody may listen to it."""
         return [(owner._modules, name, part) for owner in self.block.modules() for name, part in owner._modules.items()]
 
@@ -234,7 +235,7 @@ class PackedBlock:
                 and "forward" not in part.__dict__
                 for modules, name, part in self._parts
             )
-            and not any(layer._parameters.is_changed() for layer in self.layers)
+            and not any(parameters.is_changed() for parameters in self.given_up)
         )
 
     def restore(self) -> None:
@@ -247,8 +248,8 @@ class PackedBlock:
         with _RESTORING, torch.inference_mode(False), torch.no_grad():
             if self.block.packed is not self:
                 return
-            restored = [layer._parameters.held() for layer in self.layers]
-            for layer, parameters in zip(self.layers, restored, strict=True):
+            restored = [parameters.held() for parameters in self.given_up]
+            for layer, given_up, parameters in zip(self.layers, self.given_up, restored, strict=True):
                 if None not in parameters.values():
                     continue
                 if isinstance(self.out, Int8Linear):
@@ -259,16 +260,16 @@ class PackedBlock:
                 for name, tensor in zip(("weight", "bias"), self.tensors(layer), strict=True):
                     if parameters[name] is None:
                         # A clone, since savers refuse parameters that share storage.
-                        parameters[name] = nn.Parameter(tensor.clone(), layer._parameters.were[name][2])
-            for layer, parameters in zip(self.layers, restored, strict=True):
-                layer._parameters.now = layer._parameters = parameters
+                        parameters[name] = nn.Parameter(tensor.clone(), given_up.were[name][2])
+            for layer, given_up, parameters in zip(self.layers, self.given_up, restored, strict=True):
+                given_up.now = layer._parameters = parameters
             self.block.packed = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedBlock:
         memo[id(self)] = copied = object.__new__(PackedBlock)
         copied.__dict__.update(self.__dict__)
         copied.__dict__.pop("_parts", None)
-        copied.block, copied.layers = copy.deepcopy((self.block, self.layers), memo)
+        copied.block, copied.layers, copied.given_up = copy.deepcopy((self.block, self.layers, self.given_up), memo)
         return copied
 
     def __reduce__(self) -> Any:
@@ -345,7 +346,10 @@ class GivenUp(dict[str, Any]):
     def __init__(self, parameters: dict[str, Any], packed: PackedBlock):
         super().__init__(dict.fromkeys(parameters))
         self.packed = packed
-        self.were = {name: (weakref.ref(p), version_of(p), p.requires_grad) for name, p in parameters.items()}
+        # What gives the parameter if someone holds it, its version, and whether it is trained.
+        self.were: dict[str, tuple[Callable[[], Any], int, bool]] = {
+            name: (weakref.ref(p), version_of(p), p.requires_grad) for name, p in parameters.items()
+        }
         self.now: dict[str, Any] | None = None
 
     def is_changed(self) -> bool:
