@@ -81,7 +81,8 @@ def test_boards_are_taken_up_to_a_size(address):
         connection.putrequest("POST", "/gradio_api/component_server")
         connection.putheader("Content-Length", length)
         connection.endheaders()
-        assert connection.getresponse().status == 413
+        # One of the parsers that uvicorn may use refuses a length beyond 64 bits by itself, as a bad request.
+        assert connection.getresponse().status in ((413,) if int(length) < 2**63 else (400, 413))
         connection.close()
     headers = {"Content-Type": "application/json"}
     assert ask(address, "/gradio_api/component_server", data=b"{}", headers=headers)[0] in (400, 422, 500)

@@ -117,8 +117,8 @@ def test_every_help_has_two_examples_that_the_command_understands(run, command, 
     code, out, _ = run(command, "--help")
     assert code == 0
     lines = [line.strip() for line in out.partition("Examples:")[2].splitlines() if line.strip()]
-    assert len(lines) == 2
-    assert len(set(lines)) == 2
+    assert len(lines) >= 2
+    assert len(set(lines)) == len(lines)
     click = typer.main.get_command(main.app)
     for line in lines:
         words = line.split()
@@ -146,8 +146,8 @@ def test_train_takes_the_old_word_for_its_output(run, words, monkeypatch, tmp_pa
 @pytest.mark.parametrize("command", ["convert", "export"])
 def test_the_old_place_of_the_output_still_works(run, command, monkeypatch, tmp_path):
     written = []
-    result = SimpleNamespace(preset="p", num_tensors=1, num_parameters=1, cosines={"vision": 1.0})
-    work = {"convert": "big_vision.convert_big_vision", "export": "onnx.export_onnx"}[command]
+    result = SimpleNamespace(source="s", parameters=1, notes=[], cosines={"vision": 1.0})
+    work = {"convert": "convert.convert_weights", "export": "onnx.export_onnx"}[command]
     monkeypatch.setattr(
         f"siglip_hf.integrations.{work}", lambda source, folder, **options: written.append(str(folder)) or result
     )

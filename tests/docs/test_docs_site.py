@@ -67,7 +67,8 @@ def test_the_reference_shows_docstrings(build):
 def test_formulas_are_drawn_by_the_browser_alone(build):
     for page in ("how_it_works", "ko/how_it_works"):
         text = (build[1] / page / "index.html").read_text()
-        assert text.count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == 3
+        written = (ROOT / "docs" / "how_it_works.md").read_text().count("```math")
+        assert text.count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') == written > 0
         assert "arithmatex" not in text.partition("<article")[2].partition("</article")[0]
 
 

@@ -142,9 +142,9 @@ def registered() -> dict[str, dict[str, str]]:
 
 
 def _path(value: Any) -> str:
-    """The dotted path of a class, or of several (slow and fast)."""
+    """The dotted path of a class, or of several (slow and fast); names alone, which load nothing, are left out."""
     if isinstance(value, dict):
-        value = tuple(value.values())
+        value = tuple(item for item in value.values() if not isinstance(item, str))
     if isinstance(value, tuple | list):
         return ", ".join(_path(item) for item in value if item is not None)
     return value if isinstance(value, str) else f"{value.__module__}.{value.__qualname__}"

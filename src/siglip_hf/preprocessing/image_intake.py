@@ -403,7 +403,12 @@ def _is_costly(image: Image.Image, convert_rgb: bool) -> bool:
 
 
 def reduction(size: tuple[int, int], draft_to: int) -> int:
-    """How many times smaller a very large picture of this size may be made before it is resized to `draft_to`."""
+    """How many times smaller a very large picture may be made before it is resized.
+
+    Args:
+        size: width and height in pixels.
+        draft_to: the longer side that it will be resized to.
+    """
     return min(max(min(size) // (DRAFT_MARGIN * draft_to), 1), 8)  # 8 as for a JPEG
 
 

@@ -145,7 +145,8 @@ class Client(_Asking):
     """Asks a server of `siglip-hf serve`.
 
     Examples:
-        >>> with Client("http://127.0.0.1:8000") as client:
+        >>> from siglip_hf import Client
+        >>> with Client("http://127.0.0.1:8000") as client:  # doctest: +SKIP
         ...     cosines = client.embed_images(["cat.png"]) @ client.embed_texts(["a cat", "a dog"]).T
     """
 
@@ -260,6 +261,12 @@ class AsyncClient(_Asking):
 
     Attributes:
         concurrency: requests on their way at once.
+
+    Examples:
+        >>> from siglip_hf import AsyncClient
+        >>> async def embed(texts):
+        ...     async with AsyncClient("http://127.0.0.1:8000") as client:
+        ...         return await client.embed_texts(texts)
     """
 
     def __init__(self, *arguments: Any, concurrency: int = 8, **options: Any) -> None:
