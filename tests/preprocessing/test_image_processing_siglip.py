@@ -310,7 +310,8 @@ def test_a_large_jpeg_is_not_decoded_in_full(processor_class, monkeypatch):
     monkeypatch.setattr(image_intake, "_to_rgb", lambda image: decoded.append(image.size) or to_rgb(image))
     with pytest.warns(Image.DecompressionBombWarning):  # Pillow's semantics: 144 megapixels are above its limit
         result = values(processor_class(), content)
-    assert decoded == [(1500, 1500)]
+    assert decoded[0] == (1500, 1500)  # then in strips
+    assert {width for width, _ in decoded} == {1500}
     np.testing.assert_allclose(result, 200 / 127.5 - 1, atol=1e-6)
 
 
