@@ -118,6 +118,15 @@ def first_line(error: Exception) -> str:
 
 
 @contextmanager
+def in_turn(lock: str | os.PathLike[str]) -> Iterator[None]:
+    """Waits until no other process is within such a block; `lock` is the file to lock, in a folder that is there."""
+    from filelock import FileLock
+
+    with FileLock(lock):
+        yield
+
+
+@contextmanager
 def only_run(folder: str | os.PathLike[str], lock: str | os.PathLike[str] | None = None) -> Iterator[None]:
     """Holds the right to write to a folder until the block ends, or the process does.
 

@@ -34,6 +34,7 @@ def test_stored_without_outputs(path):
         assert cell.get("execution_count") is None
 
 
+@pytest.mark.slow  # `make docs` runs them too
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs_and_its_page_shows_what_it_prints(path, tmp_path, monkeypatch):
     for package in NEEDS.get(path.stem, ()):

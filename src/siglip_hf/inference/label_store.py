@@ -16,11 +16,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from filelock import FileLock
 from torch import nn
 from transformers.utils import logging
 
-from siglip_hf.files import sha256
+from siglip_hf.files import in_turn, sha256
 from siglip_hf.inference.optimize.packed import GivenUp
 
 logger = logging.get_logger(__name__)
@@ -141,7 +140,7 @@ class LabelStore:
             database.close()
 
     def _begin_anew(self) -> None:
-        with FileLock(self.folder / ".lock"):
+        with in_turn(self.folder / ".lock"):
             with contextlib.suppress(sqlite3.DatabaseError), self._database() as database:
                 if database.execute("PRAGMA quick_check(1)").fetchone() == ("ok",):
                     return  # another process was faster
