@@ -178,3 +178,18 @@ def test_batches_are_told():
 
     run(scenario, on_batch=lambda name, size, seconds: seen.append((name, size)))
     assert seen == [("numbers", 4), ("numbers", 1)]
+
+
+def test_a_loop_that_ends_takes_its_timer_with_it_and_the_next_has_one():
+    with ThreadPoolExecutor(1) as tower_thread:
+        lane = Lane("numbers", Tower(), tower_thread, batch_size=4, wait=0.05)
+
+        async def gives_up():
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(lane.submit([1]), 0.001)
+
+        async def stays():
+            return await asyncio.wait_for(lane.submit([2]), 20)
+
+        asyncio.run(gives_up())
+        assert asyncio.run(stays()) == [20]

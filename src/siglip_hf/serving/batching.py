@@ -115,6 +115,7 @@ class Lane:
         self._preparing = 0
         self._is_busy = False
         self._timer: asyncio.TimerHandle | None = None
+        self._timer_loop: asyncio.AbstractEventLoop | None = None
         self._item_seconds = 0.01  # a running mean, for the time after which to come again
         self._running: set[asyncio.Task[None]] = set()
 
@@ -161,8 +162,9 @@ class Lane:
         if len(self._ready) >= self._batch_size or waited >= self._wait:
             self._is_busy = True
             self._run(self._computed([self._ready.popleft() for _ in range(min(self._batch_size, len(self._ready)))]))
-        elif self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(self._wait - waited, self._wake)
+        elif self._timer is None or self._timer_loop is not asyncio.get_running_loop():  # of a loop that has ended
+            self._timer_loop = asyncio.get_running_loop()
+            self._timer = self._timer_loop.call_later(self._wait - waited, self._wake)
 
     def _wake(self) -> None:
         self._timer = None
