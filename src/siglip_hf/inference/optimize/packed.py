@@ -218,7 +218,8 @@ class PackedBlock:
     @functools.cached_property
     def _parts(self) -> list[tuple[dict[str, Any], str, Any]]:
         """What the packed pass goes around: all of it must stay as it is, and nobody may listen to it."""
-        return [(owner._modules, name, part) for owner in self.block.modules() for name, part in owner._modules.items()]
+        owners: list[dict[str, Any]] = [owner._modules for owner in self.block.modules()]
+        return [(modules, name, part) for modules in owners for name, part in modules.items()]
 
     def serves(self, hidden_states: torch.Tensor, attn_implementation: str | None = None) -> bool:
         """Whether the packed pass gives what the plain one would, but for rounding."""
@@ -230,6 +231,7 @@ class PackedBlock:
             and hidden_states.device.type == "cpu"
             and all(
                 modules.get(name) is part
+                and part is not None
                 and not part._forward_hooks
                 and not part._forward_pre_hooks
                 and "forward" not in part.__dict__
