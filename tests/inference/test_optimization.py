@@ -469,6 +469,7 @@ ASKS = {
         setattr(model.vision_model.encoder.layers[0], "mlp", torch.nn.Identity()),
         embed(model),
     ),
+    "dropout": lambda model: (set_dropout(model, 0.5), embed(model.train())),
     "autocast": lambda model: torch.autocast("cpu", dtype=torch.bfloat16)(embed)(model),
     "a file": lambda model: pickle.dumps(model),
     "parameters of a layer": lambda model: dict(model.vision_model.encoder.layers[0].self_attn.q_proj._parameters),
@@ -477,6 +478,11 @@ ASKS = {
 
 def pixels(model):
     return tiny.tiny_inputs()["pixel_values"].to(model.dtype)
+
+
+def set_dropout(model, share):
+    for block in model.vision_model.encoder.layers:
+        block.self_attn.dropout = share
 
 
 def pairs():

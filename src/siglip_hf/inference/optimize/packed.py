@@ -228,6 +228,7 @@ class PackedBlock:
             and attn_implementation != "eager"
             and not (torch.is_grad_enabled() and (hidden_states.requires_grad or self.is_trainable))
             and not torch.is_autocast_enabled("cpu")
+            and not (self.block.training and self.block.self_attn.dropout)
             and hidden_states.device.type == "cpu"
             and all(
                 modules.get(name) is part
