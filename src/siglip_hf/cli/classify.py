@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from siglip_hf.cli.common import (
+    Device,
     LabelBankFolder,
     MaxPixels,
+    Model,
     check_sheet,
     console,
     counted,
@@ -34,9 +36,7 @@ def classify(
     images: Annotated[list[str], typer.Argument(metavar="IMAGE", help="Files, folders (with all below), globs, URLs.")],
     labels: Annotated[str | None, typer.Option(help='Labels, as "a cat, a dog".')] = None,
     labels_file: Annotated[Path | None, typer.Option(help="A text file with a label on each line.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="A checkpoint; without it the embedded one, with no network.")
-    ] = None,
+    model: Model = None,
     onnx: Annotated[
         Path | None, typer.Option(help="A folder made by `siglip-hf export`, run by ONNX Runtime; instead of --model.")
     ] = None,
@@ -66,9 +66,7 @@ def classify(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward.")] = 8,
     max_pixels: MaxPixels = None,
     label_bank: LabelBankFolder = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
-    ] = None,
+    device: Device = None,
     fast: Annotated[
         bool, typer.Option(help="On a CPU: packed weights, bfloat16 where the CPU has it; scores rounded to that.")
     ] = True,

@@ -7,7 +7,12 @@ from typing import Annotated
 
 import typer
 
-from siglip_hf.cli.common import console, no_library_progress, print_json
+from siglip_hf.cli.common import (
+    Device,
+    console,
+    no_library_progress,
+    print_json,
+)
 
 _EXAMPLES = 3
 
@@ -24,9 +29,7 @@ def clusters(
     model: Annotated[
         str | None, typer.Option(help="The checkpoint that the index was made with, if it has moved.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
-    ] = None,
+    device: Device = None,
 ) -> int:
     """Group what looks alike, and name each group by the words that fit it best."""
     from dataclasses import asdict

@@ -26,6 +26,14 @@ MOST_LINES = 20
 #: What a command says on stderr that uses the embedded checkpoint because no other was given.
 EMBEDDED = "the embedded checkpoint knows drawings; for photographs --model google/siglip2-base-patch16-224\n"
 
+#: Options that mean the same in every command that has them.
+Model = Annotated[str | None, typer.Option(help="A checkpoint; without it the embedded one, with no network.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")]
+ComputeDtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 where the processor has it.")
+]
+Fast = Annotated[bool, typer.Option("--fast/--no-fast", help="Fused layers; the results differ by rounding.")]
+
 #: The option of every command that reads pictures; see `largest_picture`.
 MaxPixels = Annotated[
     int | None, typer.Option(min=1, help="Pixels of the largest picture that is decoded; larger ones are skipped.")

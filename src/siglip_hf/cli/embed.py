@@ -10,7 +10,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from siglip_hf.cli.common import (
+    ComputeDtype,
+    Device,
+    Fast,
     MaxPixels,
+    Model,
     counted,
     embedded_note,
     largest_picture,
@@ -33,9 +37,7 @@ def embed(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder of embeddings, made or brought up to date.")],
-    model: Annotated[
-        str | None, typer.Option(help="A checkpoint; without it the embedded one, with no network.")
-    ] = None,
+    model: Model = None,
     kind: Annotated[
         str | None, typer.Option(help="image or text; pictures by default, texts if there are no pictures.")
     ] = None,
@@ -44,16 +46,10 @@ def embed(
     split: Annotated[str, typer.Option(help="Split of a dataset on disk.")] = "train",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures or texts in one forward.")] = 64,
     max_pixels: MaxPixels = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 where the processor has it.")
-    ] = None,
+    device: Device = None,
+    dtype: ComputeDtype = None,
     store_dtype: Annotated[str, typer.Option(help="float16 or float32, of the numbers on disk.")] = "float16",
-    fast: Annotated[
-        bool, typer.Option("--fast/--no-fast", help="Fused layers; the results differ by rounding.")
-    ] = True,
+    fast: Fast = True,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that decode, one per core by default; with Ray, actors.")
     ] = None,

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from siglip_hf.cli.common import (
+    Device,
     LabelBankFolder,
     MaxPixels,
+    Model,
     console,
     embedded_note,
     largest_picture,
@@ -35,9 +37,7 @@ def evaluate(
         list[str],
         typer.Argument(metavar="DATA", help="A folder of class folders, a table, tar shards, a saved dataset."),
     ],
-    model: Annotated[
-        str | None, typer.Option(help="A checkpoint; without it the embedded one, with no network.")
-    ] = None,
+    model: Model = None,
     task: Annotated[
         str, typer.Option(help="classify (labels), retrieve (captions), or auto: whatever DATA has.")
     ] = "auto",
@@ -66,9 +66,7 @@ def evaluate(
     ] = None,
     max_pixels: MaxPixels = None,
     label_bank: LabelBankFolder = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
-    ] = None,
+    device: Device = None,
     dtype: Annotated[
         str, typer.Option(help="What the towers compute in: float32, or the faster bfloat16, float16.")
     ] = "float32",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from siglip_hf.cli.common import (
+    Device,
     MaxPixels,
     counted,
     embedded_note,
@@ -51,9 +52,7 @@ def index(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures or texts in one forward.")] = 64,
     max_pixels: MaxPixels = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
-    ] = None,
+    device: Device = None,
 ) -> int:
     """Make an index that `siglip-hf search` asks, of embeddings or straight from pictures."""
     from siglip_hf.search.kinds import parse_bytes

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from siglip_hf.cli.common import (
+    ComputeDtype,
+    Device,
     MaxPixels,
+    Model,
     console,
     counted,
     embedded_note,
@@ -35,9 +38,7 @@ def learn(
         typer.Argument(metavar="DATA", help="A folder of class folders, a table with a column of labels, tar shards."),
     ],
     out: Annotated[Path, typer.Option("--out", "-o", help="The folder to write, for `siglip-hf classify --head`.")],
-    model: Annotated[
-        str | None, typer.Option(help="A checkpoint; without it the embedded one, with no network.")
-    ] = None,
+    model: Model = None,
     embeddings: Annotated[
         Path | None, typer.Option(help="Where the pictures' embeddings are kept; OUT.emb by default.")
     ] = None,
@@ -57,12 +58,8 @@ def learn(
     split: Annotated[str, typer.Option(help="Split of a saved dataset that has several.")] = "train",
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward.")] = 64,
     max_pixels: MaxPixels = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 where the processor has it.")
-    ] = None,
+    device: Device = None,
+    dtype: ComputeDtype = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
 ) -> int:
     """Learn classes of your own from a few pictures of each; the towers stay as they are."""

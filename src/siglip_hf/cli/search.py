@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from siglip_hf.cli.common import (
+    Device,
     MaxPixels,
     check_sheet,
     console,
@@ -51,9 +52,7 @@ def search(
     model: Annotated[
         str | None, typer.Option(help="The checkpoint that the index was made with, if it has moved.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
-    ] = None,
+    device: Device = None,
 ) -> int:
     """Find pictures by words, by a picture, or by both.
 

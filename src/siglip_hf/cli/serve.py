@@ -9,7 +9,14 @@ from typing import Annotated
 
 import typer
 
-from siglip_hf.cli.common import LabelBankFolder, embedded_note, no_library_progress
+from siglip_hf.cli.common import (
+    ComputeDtype,
+    Device,
+    Fast,
+    LabelBankFolder,
+    embedded_note,
+    no_library_progress,
+)
 
 
 class Engine(StrEnum):
@@ -48,15 +55,9 @@ def serve(
     ray_address: Annotated[
         str | None, typer.Option(help='Ray: "auto", or host:port; one of its own by default.')
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; the first accelerator by default.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 where the processor has it.")
-    ] = None,
-    fast: Annotated[
-        bool, typer.Option("--fast/--no-fast", help="Fused layers; the results differ by rounding.")
-    ] = True,
+    device: Device = None,
+    dtype: ComputeDtype = None,
+    fast: Fast = True,
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Pictures or texts in one forward; 32 on a CPU.")
     ] = None,
