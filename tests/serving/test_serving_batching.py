@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -193,3 +194,23 @@ def test_a_loop_that_ends_takes_its_timer_with_it_and_the_next_has_one():
 
         asyncio.run(gives_up())
         assert asyncio.run(stays()) == [20]
+
+
+@pytest.mark.parametrize("prepare", [None, lambda item: time.sleep(0.2) or item])
+def test_a_loop_that_ends_while_a_batch_is_computed_holds_up_no_other(prepare):
+    with ThreadPoolExecutor(1) as tower_thread, ThreadPoolExecutor(1) as preparers:
+        tower = Tower()
+        tower.gate.clear()
+        lane = Lane("numbers", tower, tower_thread, batch_size=1, wait=0.0, prepare=prepare, preparers=preparers)
+
+        async def gives_up():
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asyncio.gather(lane.submit([1, 3]), lane.submit([4])), 0.05)
+
+        async def stays():
+            return await asyncio.wait_for(lane.submit([2]), 20)
+
+        asyncio.run(gives_up())
+        tower.gate.set()
+        assert asyncio.run(stays()) == [20]
+        assert lane.pending == 0
