@@ -209,7 +209,7 @@ def _with_head(
     config.learned_head = numbers
     naflex = isinstance(embedder.model, Siglip2Model)
     kind: Any = Siglip2ForImageClassification if naflex else SiglipForImageClassification
-    # Not the embedder's own tower: its weights may be packed.
+    # Not the embedder's own tower: its weights may be rounded to bfloat16.
     tower = load_model(embedder.name).vision_model
     with torch.device("meta"):
         model = kind(config)
