@@ -140,7 +140,13 @@ ORDERS = {
 }
 
 
-@pytest.mark.parametrize("order", ORDERS)
+# Each takes a process of its own: the usual ones always, the others with `make test-slow`.
+USUAL = {"ours first", "transformers first", "a stock model first"}
+
+
+@pytest.mark.parametrize(
+    "order", [pytest.param(order, marks=[] if order in USUAL else pytest.mark.slow) for order in ORDERS]
+)
 def test_any_order_of_imports(order, checkpoint):
     names = run_python(
         ORDERS[order]

@@ -266,7 +266,8 @@ class Killed(BaseException):
 POINTS = [(f"step {step}", 1) for step in (1, 2, 3)] + [("move", count) for count in range(1, 30)] + [("evaluate", 2)]
 
 
-def test_killed_anywhere_it_ends_with_the_same_weights(data, checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("points", [POINTS[::4], pytest.param(POINTS, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_killed_anywhere_it_ends_with_the_same_weights(points, data, checkpoint, tmp_path, monkeypatch):
     """Three steps with a checkpoint after the second and the last; an epoch has two, so that the end is inside one."""
     settings = {"steps": 3, "save_every": 2, "batch_size": 4, "micro_batch": 2, "learning_rate": 1e-3, "cpu": True}
 
@@ -300,7 +301,7 @@ def test_killed_anywhere_it_ends_with_the_same_weights(data, checkpoint, tmp_pat
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())
     moves = seen.count("move")
     assert 8 < moves < 30
-    for point, wanted in POINTS:
+    for point, wanted in points:
         if point == "move" and wanted > moves:
             continue
         output = tmp_path / f"{point} {wanted}"

@@ -66,7 +66,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+# torchrun and FSDP always; Accelerate and several machines, which start the same way, with `make test-slow`.
+@pytest.mark.parametrize(
+    "command", [*COMMANDS[:2], *(pytest.param(one, marks=pytest.mark.slow) for one in COMMANDS[2:])]
+)
 def test_it_trains_as_one_process_does(command, folder, tmp_path):
     for name in ("drawings", "tiny"):
         (tmp_path / name).symlink_to(folder / name)

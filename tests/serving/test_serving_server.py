@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
-import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -116,29 +115,16 @@ def test_a_slow_sender_is_not_waited_for(address):
     assert answer.startswith(b"HTTP/1.1 408 ")
 
 
-def run_command(arguments: list[str], out: int, errors: int) -> None:
-    """`siglip-hf` in a forked child, which has everything imported already."""
-    os.dup2(out, 1)
-    os.dup2(errors, 2)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", closefd=False) for number in (1, 2))
-    code = main(arguments)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
-
-
 def test_the_command_serves_logs_and_ends_well(checkpoint, tmp_path, monkeypatch):
     """From the command line to SIGTERM: what was taken is answered, and the end is a good one."""
     monkeypatch.setenv("SIGLIP_HF_API_KEYS", "a-secret-of-many-letters")
     arguments = ["serve", "--model", str(checkpoint), "--port", "0", "--dtype", "float32", "--wait", "1000"]
-    reader, writer = os.pipe()
+    program = "import sys, siglip_hf_command; sys.exit(siglip_hf_command.main())"
     with open(tmp_path / "log", "w") as log:
-        fork = multiprocessing.get_context("fork")
-        process = fork.Process(target=run_command, args=(arguments, writer, log.fileno()))
-        process.start()
-    os.close(writer)
-    with open(reader) as out:
-        url = out.readline().strip()
+        process = subprocess.Popen(
+            [sys.executable, "-c", program, *arguments], stdout=subprocess.PIPE, stderr=log, text=True
+        )
+    url = process.stdout.readline().strip()
     assert url.startswith("http://127.0.0.1:"), (tmp_path / "log").read_text()
     headers = {"Content-Type": "application/json", "Authorization": "Bearer a-secret-of-many-letters"}
 
@@ -153,10 +139,10 @@ def test_the_command_serves_logs_and_ends_well(checkpoint, tmp_path, monkeypatch
     # The text waits a second for company; the signal comes in that time.
     while not answers and b'siglip_pending{lane="texts"} 1.0' not in get("/metrics").read():
         time.sleep(0.02)
-    os.kill(process.pid, signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
     asking.join(60)
-    process.join(60)
-    assert (answers, process.exitcode) == ([200], 0)
+    with process:
+        assert (answers, process.wait(60)) == ([200], 0)
     said = (tmp_path / "log").read_text()
     lines = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
     (entry,) = [line for line in lines if line.get("path") == "/v1/embeddings"]

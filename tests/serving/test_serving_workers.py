@@ -88,13 +88,13 @@ def test_metrics_of_all_are_added_up():
 
 def test_a_worker_that_cannot_load_says_why(tmp_path):
     with pytest.raises(ValueError, match="cannot load"):
-        LocalWorkers(Settings(model=str(tmp_path)), 1, method="fork")
+        LocalWorkers(Settings(model=str(tmp_path)), 1)
 
 
 def test_workers_are_killed_and_every_request_is_answered(checkpoint, embedder):
     """Requests without a pause while each worker is killed in turn; the answers are right, and new workers come."""
     settings = Settings(model=str(checkpoint), device="cpu", dtype="float32", fast=False, wait=0.02)
-    workers = LocalWorkers(settings, 2, method="fork")
+    workers = LocalWorkers(settings, 2)
     front = create_front(settings, workers)
     expected = embedder.embed_images([png(1)])[0], embedder.embed_texts("cat")[0]
     first = workers.pids
@@ -106,7 +106,7 @@ def test_workers_are_killed_and_every_request_is_answered(checkpoint, embedder):
             answers.append(reply)
 
     async def wait_for(condition):
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300  # for ever, as far as a test goes
         while not condition():
             assert time.monotonic() < end
             await asyncio.sleep(0.05)

@@ -75,22 +75,21 @@ class LocalWorkers:
         pids: numbers of the processes.
     """
 
-    def __init__(self, settings: Settings, count: int, method: str = "forkserver") -> None:
+    def __init__(self, settings: Settings, count: int) -> None:
         """Starts all, and waits until they are ready.
 
         Args:
             settings: what they serve.
             count: how many.
-            method: how processes are made. "forkserver" imports everything once; a new worker then takes no longer
-                than its model.
 
         Raises:
             ValueError: with their reason, if they cannot work.
         """
         self._settings = dataclasses.replace(settings, threads=max(1, usable_cores() // count))
-        self._context = multiprocessing.get_context(method)
-        if method == "forkserver":
-            self._context.set_forkserver_preload([__name__])
+        # Imports everything once, so that a new worker takes no longer than its model; and it is forked from a process
+        # without threads, whose locks a child would hold for ever.
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload([__name__])
         self._folder = tempfile.TemporaryDirectory(prefix="siglip-hf-")  # of this user alone
         self._started = 0
         self._watching: asyncio.Task[None] | None = None
