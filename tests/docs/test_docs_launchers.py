@@ -66,10 +66,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-# torchrun and FSDP always; Accelerate and several machines, which start the same way, with `make test-slow`.
-@pytest.mark.parametrize(
-    "command", [*COMMANDS[:2], *(pytest.param(one, marks=pytest.mark.slow) for one in COMMANDS[2:])]
-)
+# The first always; the others, which start the same way, with `make test-slow`.
+@pytest.mark.parametrize("command", [COMMANDS[0], *(pytest.param(one, marks=pytest.mark.slow) for one in COMMANDS[1:])])
 def test_it_trains_as_one_process_does(command, folder, tmp_path):
     for name in ("drawings", "tiny"):
         (tmp_path / name).symlink_to(folder / name)

@@ -327,8 +327,10 @@ def test_weight_decay_and_learning_rates(checkpoint, data, tmp_path):
     assert len(both) == 2
 
 
-@pytest.mark.parametrize("option", ["bf16", "gradient_checkpointing", "torch_compile"])
-@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    ("option", "accumulation"),
+    [("bf16", 1), ("bf16", 2), ("gradient_checkpointing", 1), ("gradient_checkpointing", 2), ("torch_compile", 2)],
+)
 def test_with_the_usual_options(reference, checkpoint, data, tmp_path, option, accumulation):
     options = {option: True, "per_device_train_batch_size": 8 // accumulation}
     if option == "torch_compile":
