@@ -142,8 +142,29 @@ def probabilities(model: torch.nn.Module, images: Tensor, classes: Tensor, conce
     return 100 * right, 100 * wrong
 
 
-def evaluate(evaluator: Evaluator, data: Path) -> dict[str, dict[str, float]]:
-    """All measures, style -> name -> percent."""
+def reliability(
+    model: torch.nn.Module, images: Tensor, classes: Tensor, concept: Tensor, bins: int = 10
+) -> list[tuple[float, float]]:
+    """Mean score and share of right labels, in percent, of each tenth of the scores from 0 to 1.
+
+    Each picture gives the score of its right label and that of one other, so that half of all are right.
+    """
+    other = torch.randint(1, len(classes), (len(concept),), generator=torch.Generator().manual_seed(0))
+    labels = torch.cat([concept, (concept + other) % len(classes)])
+    cosines = (images.repeat(2, 1) * classes[labels]).sum(1)
+    scores = (cosines * model.logit_scale.exp() + model.logit_bias).sigmoid()  # (2 N,)
+    right = torch.arange(len(scores)) < len(concept)
+    place = (scores * bins).long().clamp(max=bins - 1)
+    groups = [place == number for number in range(bins)]
+    return [
+        (round(100 * scores[group].mean().item(), 2), round(100 * right[group].float().mean().item(), 2))
+        for group in groups
+        if group.sum() >= 20  # fewer say nothing
+    ]
+
+
+def evaluate(evaluator: Evaluator, data: Path) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+    """All measures, style -> name -> percent; and the reliability of the scores of each style."""
     concepts = evaluator.concepts
     train = torch.tensor([concept["split"] == "train" for concept in concepts])
     plain = torch.tensor([concept["plain"] for concept in concepts])
@@ -151,7 +172,7 @@ def evaluate(evaluator: Evaluator, data: Path) -> dict[str, dict[str, float]]:
     classes = {"full": evaluator.embed_classes(full), "bare": evaluator.embed_classes(bare)}
     for language in ("en", *LANGUAGES):
         classes[language] = evaluator.embed_classes(in_language(language))
-    results = {}
+    results, reliabilities = {}, {}
     for style in read_styles(data, "evaluate"):
         pictures, _ = read_pictures(data, [style], concepts)
         images, concept = evaluator.embed_pictures(on_white(pictures.pixels[:])), pictures.concept
@@ -171,9 +192,11 @@ def evaluate(evaluator: Evaluator, data: Path) -> dict[str, dict[str, float]]:
         right, wrong = probabilities(evaluator.model, images, classes["bare"], concept)
         result |= {"median score of the right label": right, "median score of a wrong label": wrong}
         results[style] = result
+        reliabilities[style] = reliability(evaluator.model, images, classes["bare"], concept)
     results.setdefault("fxemoji", {})["demo, 24 labels at once"] = demo(evaluator)
     results["pen"] = {"sketches, 12 labels at once": sketches(evaluator)}
-    return {style: {name: round(value, 2) for name, value in result.items()} for style, result in results.items()}
+    rounded = {style: {name: round(value, 2) for name, value in result.items()} for style, result in results.items()}
+    return rounded, reliabilities
 
 
 def demo(evaluator: Evaluator) -> float:
@@ -236,12 +259,15 @@ def main() -> int:
     except FileNotFoundError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    results = evaluate(evaluator, arguments.data)
+    results, reliabilities = evaluate(evaluator, arguments.data)
     print_table(results)
     megabytes = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 1e6
     print(f"checkpoint folder: {megabytes:.1f} MB (target for both checkpoints together: {MEGABYTES})")
     if arguments.json:
-        arguments.json.write_text(json.dumps({"megabytes": round(megabytes, 2), **results}, indent=1) + "\n")
+        figures: dict[str, Any] = {"megabytes": round(megabytes, 2), **results}
+        for style, points in reliabilities.items():
+            figures[style]["reliability"] = points
+        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
     return 0
 
 
