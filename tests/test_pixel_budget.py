@@ -70,7 +70,7 @@ def test_a_thread_that_holds_one_does_not_wait():
     with budget.bounded():
         budget.hold(9_000_000)
         with budget.bounded():
-            budget.hold(9_000_000)  # would wait for ever
+            budget.hold(9_000_000)  # would wait forever
         assert budget._held == 18_000_000
         budget.release()
         assert budget._held == 0

@@ -93,7 +93,7 @@ def read_curve(run: Path) -> dict[str, list[dict[str, float]]]:
         row = json.loads(line)
         if MEASURES.keys() & row:
             rows = stages.setdefault(row["stage"], [])
-            # A stage that was started anew replaces what it had reached.
+            # A stage that was started again replaces what it had reached.
             rows[:] = [earlier for earlier in rows if earlier["samples"] < row["samples"]]
             rows.append(row)
     return stages

@@ -218,7 +218,7 @@ def _cli(*arguments: object) -> str | None:
 
 
 _EMBEDDER: list[Any] = []
-_MODELS: list[Path] = []  # a tiny one, outside of the folder that is made anew for each input
+_MODELS: list[Path] = []  # a tiny one, outside of the folder that is made again for each input
 
 
 def _embed(source: Path, out: Path, kind: str = "image") -> Any:

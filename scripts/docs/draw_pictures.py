@@ -1,4 +1,4 @@
-"""Draws the pictures of README.md and docs/ anew: the demo's contact sheet. Run after the embedded checkpoint changes.
+"""Draws the pictures of README.md and docs/: the demo's contact sheet. Run after the embedded checkpoint changes.
 
 The plot of docs/siglip.md is drawn by scripts/bench/attention.py. Run: python scripts/docs/draw_pictures.py
 """

@@ -3,7 +3,7 @@
 A Korean page `name.ko.md` holds no code of its own. A line `<!-- code: 2 -->` in it stands for the second fenced block
 of `name.md`, a line `<!-- table: 1 -->` for that page's first table (measurements, which are not translated). Behind
 the line stands a copy of that part, up to a line `<!-- /code -->`, so that the page can be read in the repository too;
-`python scripts/docs/hooks.py` writes all copies anew. Headings take the English ones' anchors, so that a link works in
+`python scripts/docs/hooks.py` rewrites all copies. Headings take the English ones' anchors, so that a link works in
 both languages.
 
 Formulas are LaTeX in the pages: `$x$` within a line, a fenced block of the language `math` on lines of their own. Both
@@ -168,7 +168,7 @@ def on_page_content(text: str, **_: Any) -> str:
 
 
 def main() -> None:
-    """Writes the copies in all Korean pages anew."""
+    """Writes the copies in all Korean pages."""
     root = Path(__file__).parents[2]
     for page in sorted([*root.glob(f"*{KOREAN}"), *(root / "docs").glob(f"**/*{KOREAN}")]):
         english = Path(str(page).removesuffix(KOREAN) + ".md").read_text(encoding="utf-8")

@@ -61,7 +61,7 @@ def register() -> None:
             MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING.register(config_class, cast(Any, classifier_class), exist_ok=True)
 
     for config_class in (first.SiglipConfig, first.SiglipTextConfig):
-        # The first call makes the class known by its name. After the second, whoever asks for "SiglipTokenizer" gets
+        # The first call makes the class known by its name. After the second, a call for "SiglipTokenizer" gets
         # what looks into the folder: checkpoints of model_type "siglip" have SigLIP's vocabulary or SigLIP 2's.
         AutoTokenizer.register(config_class, tokenizer_class=SiglipTokenizerFast, exist_ok=True)
         AutoTokenizer.register(
@@ -76,7 +76,7 @@ def register() -> None:
     for name, conversion in WEIGHT_CONVERSIONS.items():
         conversion_mapping.register_checkpoint_conversion_mapping(name, conversion, overwrite=True)
     # The towers' own mappings (a "vision_model." prefix that may be there or not) stay transformers'; registering
-    # them anew only tells it that they hold for classes outside of transformers too.
+    # them again only tells it that they hold for classes outside of transformers too.
     for name in ("SiglipTextModel", "SiglipVisionModel", "Siglip2TextModel", "Siglip2VisionModel"):
         mapping = conversion_mapping.get_checkpoint_conversion_mapping(name)
         conversion_mapping.register_checkpoint_conversion_mapping(name, mapping, overwrite=True)

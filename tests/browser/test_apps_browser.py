@@ -1,7 +1,7 @@
 """The pages in a real browser: Chromium, headless, with nothing but this machine to reach.
 
 Each test leaves a screenshot in build/screenshots. With SIGLIP_HF_DOC_SCREENSHOTS=1 the pictures of docs/apps.md are
-made anew.
+made again.
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def test_duplicates_and_clusters(run, demo):
         ("index pictures --out pictures --overwrite", "this package did not write it"),
         ("index pictures --out new --kind best", "'best' is no kind of index"),
         ("index pictures --out new --memory lots", "'lots' is no amount of memory"),
-        ("index pictures --out new --update --overwrite", "either built anew or updated"),
+        ("index pictures --out new --update --overwrite", "either rebuilt or updated"),
         ("index pictures --out db/table --to milvus", "'milvus' is no database"),
         ("index pictures --out db/table --to lancedb --kind flat", "the database of --to has its own"),
         ("search pictures cat", "pictures is no index of this package"),

@@ -430,7 +430,7 @@ def test_the_command(capsys, checkpoint, photos, tmp_path, monkeypatch):
     (photos / "a" / "2.jpg").unlink()
     flip(out / "part-00000.parquet", 800)
     code, text, errors = run(capsys, "embed", photos, "--out", out)
-    assert (code, errors) == (0, f"{EMBEDDED}{out}: part-00000.parquet was damaged; its rows have been made anew\n")
+    assert (code, errors) == (0, f"{EMBEDDED}{out}: part-00000.parquet was damaged; its rows have been rebuilt\n")
     code, text, errors = run(capsys, "embed", photos, "--out", out)
     assert (code, text, errors) == (0, f"{out}: 9 pictures of 32 numbers; 0 done, 9 kept, 0 removed\n", EMBEDDED)
 

@@ -40,7 +40,7 @@ def test_runs_and_its_page_shows_what_it_prints(path, tmp_path, monkeypatch):
     for package in NEEDS.get(path.stem, ()):
         pytest.importorskip(package)
     monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)  # so that the variable is read anew
+    monkeypatch.setattr(tempfile, "tempdir", None)  # so that the variable is read again
     before = set(path.parent.iterdir())
     page = notebooks.as_page(notebooks.run(path), path.stem)
     assert "```text\n" in page

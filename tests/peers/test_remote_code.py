@@ -62,7 +62,7 @@ MODELS = (AutoModel, AutoModelForZeroShotImageClassification, AutoModelForImageC
 
 @pytest.fixture(autouse=True)
 def modules_cache(tmp_path, monkeypatch):
-    """Where transformers copies code to and imports it from; and warnings that are given once are given anew."""
+    """Where transformers copies code to and imports it from; and warnings that are given once are given again."""
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     transformers.utils.logging.get_logger("transformers").warning_once.__func__.cache_clear()
 

@@ -125,5 +125,5 @@ def test_a_table_of_others_is_refused(tmp_path):
 def test_other_databases_are_not_known(tmp_path):
     with pytest.raises(ValueError, match="'milvus' is no database that is known"):
         export_source(["x"], "milvus", "a/b")
-    with pytest.raises(ValueError, match="either filled anew or updated"):
+    with pytest.raises(ValueError, match="either refilled or updated"):
         export_source(["x"], "lancedb", "a/b", overwrite=True, update=True)

@@ -15,7 +15,7 @@ KEYS = ("a-secret-of-many-letters", "another-secret-of-mine")
 
 
 class App:
-    """Answers "ok"; or waits for ever, or fails, by its path."""
+    """Answers "ok"; or waits forever, or fails, by its path."""
 
     def __init__(self):
         self.cancelled, self.clients = 0, []

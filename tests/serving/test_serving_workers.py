@@ -106,7 +106,7 @@ def test_workers_are_killed_and_every_request_is_answered(checkpoint, embedder):
             answers.append(reply)
 
     async def wait_for(condition):
-        end = time.monotonic() + 300  # for ever, as far as a test goes
+        end = time.monotonic() + 300  # forever, as far as a test goes
         while not condition():
             assert time.monotonic() < end
             await asyncio.sleep(0.05)

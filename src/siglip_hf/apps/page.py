@@ -195,7 +195,7 @@ def demo_pictures() -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Where a user's programs keep what can be made anew: `$XDG_CACHE_HOME` or `~/.cache`, and there `siglip_hf`."""
+    """Where a user's programs keep what can be rebuilt: `$XDG_CACHE_HOME` or `~/.cache`, and there `siglip_hf`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "siglip_hf"
 
 

@@ -205,7 +205,7 @@ def read_hit(path: str, side: int = page.MAX_SIDE) -> Image.Image:
 class _Boards(dict[str, Any]):
     """What browsers have sent of their boards and the page has not read yet, by gradio's ids: the last `MOST` of them.
 
-    gradio would keep all for ever, with every layer, and decode them, however many pixels they have.
+    gradio would keep all forever, with every layer, and decode them, however many pixels they have.
     """
 
     MOST = 32

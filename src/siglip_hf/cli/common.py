@@ -44,7 +44,7 @@ LabelBankFolder = Annotated[
     Path | None, typer.Option("--label-bank", help="Keep the embeddings of labels in this folder, for later runs.")
 ]
 
-# As wide as a table may get where nobody looks at it on a screen: a path must stay in one piece for the next program.
+# As wide as a table may get where it is not shown on a screen: a path must stay in one piece for the next program.
 _PIPED_WIDTH = 10_000
 
 

@@ -115,7 +115,7 @@ def summary(result: Embedded) -> str:
 
 def report_errors(result: Embedded) -> int:
     """Names what has no embedding on stderr; the exit code."""
-    print_some([f"{result.path}: {name} was damaged; its rows have been made anew" for name in result.damaged])
+    print_some([f"{result.path}: {name} was damaged; its rows have been rebuilt" for name in result.damaged])
     print_some([f"left out {line}" for line in result.unused])
     print_some(
         [f"skipped {id_}: {error}" for id_, error in result.errors], f"; all are in the column error of {result.path}"

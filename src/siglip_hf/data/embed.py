@@ -38,7 +38,7 @@ class Embedded:
         errors: id and error of each row without an embedding.
         seconds: time that making the rows took.
         unused: entries of the source that hold nothing to embed, a line each.
-        damaged: files of the folder that were damaged or missing; their rows have been made anew.
+        damaged: files of the folder that were damaged or missing; their rows have been rebuilt.
     """
 
     path: Path

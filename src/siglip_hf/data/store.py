@@ -204,7 +204,7 @@ class EmbeddingStore:
             sums = manifest.checksums.get(name, ()) if store.has_checksums else None
             if _checksum(path / name, sums) is None or (sums is None and _count_rows(path / name) != rows):
                 raise ValueError(
-                    f"{path} is damaged: {name} is missing or damaged. Run `siglip-hf embed` again; it is made anew."
+                    f"{path} is damaged: {name} is missing or damaged. Run `siglip-hf embed` again to rebuild it."
                 )
         return store
 
@@ -301,7 +301,7 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
         manifest: as it was found, or as it was begun.
         known: stamp of each row by its id.
         unread: ids of the rows whose content could not be read.
-        damaged: names of the files that were damaged or missing; they are removed, so that their rows are made anew.
+        damaged: names of the files that were damaged or missing; they are removed, so that their rows are rebuilt.
     """
 
     def __init__(self, path: str | os.PathLike[str], manifest: Manifest) -> None:
@@ -421,7 +421,7 @@ class EmbeddingWriter(contextlib.AbstractContextManager["EmbeddingWriter"]):
         batches = [int(match[1]) for file in self._files if (match := _BATCH.fullmatch(file.name))]
         content = _to_bytes(_to_table(rows, embeddings, self.manifest))
         file = self.path / f"batch-{max(batches, default=-1) + 1:06d}-{sha256([content])[:16]}.parquet"
-        # Without waiting for the disk: a crash of the machine may cost a batch, which is then made anew.
+        # Without waiting for the disk: a crash of the machine may cost a batch, which is then made again.
         with new_file(file, sync=False) as partial:
             partial.write_bytes(content)
         self._files[file] = [row["id"] for row in rows]
@@ -534,7 +534,7 @@ def _read(file: Path, columns: list[str] | None = None) -> Any:
         with parquet.ParquetFile(file) as handle:
             return handle.read(columns)
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{file} is damaged: {error}. Run `siglip-hf embed` again; it is made anew.") from error
+        raise ValueError(f"{file} is damaged: {error}. Run `siglip-hf embed` again to rebuild it.") from error
 
 
 def _count_rows(file: Path) -> int | None:

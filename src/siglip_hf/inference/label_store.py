@@ -30,7 +30,7 @@ DEFAULT_MAX_BYTES = 2**30
 _FILE = "labels.sqlite"
 _TABLE = "CREATE TABLE IF NOT EXISTS rows (key TEXT PRIMARY KEY, row BLOB, checksum TEXT, used INTEGER) WITHOUT ROWID"
 _AT_ONCE = 500  # keys in one question; SQLite has a bound
-_STALE = 3600  # seconds after which the time of the last use is written anew
+_STALE = 3600  # seconds after which the time of the last use is written again
 _PATIENCE = 30.0  # seconds to wait for other processes
 # Any change of what a tokenizer does with letters, signs, scripts or spaces should show in one of these.
 _PROBES = (
@@ -53,7 +53,7 @@ class LabelStore:
     """Rows by key, the least recently used out first.
 
     A disk that is full or a database that stays locked costs the rows, not the caller: it is told in a warning. A
-    damaged row is taken for missing, and a damaged database is begun anew.
+    damaged row is taken for missing, and a damaged database is started again.
 
     Attributes:
         folder: where it is.
@@ -122,7 +122,7 @@ class LabelStore:
                 logger.warning(f"the label bank {self.folder} cannot be used now: {error}")
                 return None
             except sqlite3.DatabaseError as error:
-                logger.warning(f"the label bank {self.folder} is damaged and begun anew: {error}")
+                logger.warning(f"the label bank {self.folder} is damaged and started again: {error}")
                 self._begin_anew()
         return None
 

@@ -59,7 +59,7 @@ class SiglipVisionEmbeddings(SiglipPreTrainedModel):
     def fill_new_parameters(self) -> None:
         """Gives what no checkpoint has filled its initial values."""
         init.normal_(self.position_embedding.weight, std=self.config.hidden_size**-0.5)
-        # Not part of any checkpoint, so they have to be made anew where a model was built without memory.
+        # Not part of any checkpoint, so they have to be made again where a model was built without memory.
         init.copy_(self.position_ids, torch.arange(self.position_ids.shape[-1]).expand((1, -1)))
 
     def interpolate_pos_encoding(self, grid: tuple[int, int]) -> torch.Tensor:
@@ -115,7 +115,7 @@ class SiglipTextEmbeddings(nn.Module):
 
     def fill_new_parameters(self) -> None:
         """Gives what no checkpoint has filled its initial values."""
-        # Not part of any checkpoint, so they have to be made anew where a model was built without memory.
+        # Not part of any checkpoint, so they have to be made again where a model was built without memory.
         init.copy_(self.position_ids, torch.arange(self.position_ids.shape[-1]).expand((1, -1)))
 
     def forward(self, input_ids: torch.Tensor, position_ids: torch.Tensor | None = None) -> torch.Tensor:

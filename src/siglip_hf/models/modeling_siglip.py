@@ -478,7 +478,7 @@ class SiglipForImageClassification(SiglipPreTrainedModel):
         self.is_learned = vision_config.learned_head is not None
         if self.vision_model.use_head and not self.is_learned:
             # Kept so that checkpoints stay complete, but not part of this model's function: without a gradient
-            # distributed training would wait for it in vain.
+            # distributed training would wait for it forever.
             self.vision_model.head.requires_grad_(False)
         layer = LearnedHead if self.is_learned else nn.Linear
         self.classifier = layer(vision_config.hidden_size, self.num_labels) if self.num_labels > 0 else nn.Identity()

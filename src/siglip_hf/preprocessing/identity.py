@@ -85,7 +85,7 @@ def reference_in(auto_map: Any, kind: str) -> str | None:
 
 
 def repository_class(reference: str, name: Any, kind: str, options: dict[str, Any]) -> Any:
-    """Imports a class that a repository brings; only for whoever has said `trust_remote_code=True`."""
+    """Imports a class that a repository brings; only if the user has said `trust_remote_code=True`."""
     code_revision = options.pop("code_revision", None)
     own: Any = get_class_from_dynamic_module(reference, name, code_revision=code_revision, **_hub_options(options))
     own.register_for_auto_class(kind)  # so that saving the object copies its code, as transformers does

@@ -136,7 +136,7 @@ def load_picture(
         input_data_format: "channels_first" or "channels_last" for arrays; inferred from the shape if None.
         draft_to: longest side, in pixels, of what the picture will be resized to. A large JPEG is then decoded no
             smaller than `DRAFT_MARGIN` times that. None decodes every picture in full.
-        timeout: seconds to wait for a URL; None waits for ever.
+        timeout: seconds to wait for a URL; None waits forever.
 
     Returns:
         A loaded PIL image of mode RGB. It may be `source` itself if that needs no change.
@@ -235,7 +235,7 @@ def read_bytes(source: Any, *, timeout: float | None = DEFAULT_TIMEOUT) -> bytes
     Args:
         source: a path, a URL, a `data:` URI, a base64 string, bytes, an open binary file, or a dict with `bytes` or
             `path`; see `load_picture`.
-        timeout: seconds to wait for a URL; None waits for ever.
+        timeout: seconds to wait for a URL; None waits forever.
 
     Raises:
         PictureError: naming the picture and why it cannot be read.

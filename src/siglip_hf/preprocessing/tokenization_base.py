@@ -22,7 +22,7 @@ logger = logging.get_logger(__name__)
 #: Length of the texts of most published models. so400m-patch14-224 has 16, and its checkpoint says so.
 TEXT_LENGTH = 64
 
-# Above this a `model_max_length` states that nobody has set one.
+# Above this a `model_max_length` means that none was set.
 _NO_LENGTH = 10**6
 
 # What needs the sequences one by one; everything else is done on the whole batch at once.
@@ -130,7 +130,7 @@ class SiglipTokenization(KnownAsStock):
         max_length: int | None = None,
         **options: Any,
     ) -> list[int]:
-        """Returns the `input_ids` of a call, which see for the arguments and defaults."""
+        """Returns the `input_ids` of a call; see `__call__` for the arguments and defaults."""
         words = bool(options.get("is_split_into_words"))
         text = as_texts(text, words=words)
         text_pair = None if text_pair is None else as_texts(text_pair, "text_pair", words=words)

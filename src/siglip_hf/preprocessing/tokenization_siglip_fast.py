@@ -35,7 +35,7 @@ from siglip_hf.preprocessing.tokenization_siglip import MARK, SiglipTokenizer
 class SiglipTokenizerFast(StatelessTokenization):
     """Texts to `input_ids`, and to the places of the tokens in the text.
 
-    Ids, defaults and arguments are those of `SiglipTokenizer`, which see. Offsets point into the text as given, before
+    Ids, defaults and arguments are those of `SiglipTokenizer`; see there. Offsets point into the text as given, before
     lowercasing and cleaning. `backend_tokenizer`, and the `tokenizer.json` that `save_pretrained` writes beside
     `spiece.model`, hold the whole pipeline for programs that read only that; see the module on where it may differ.
     A folder with a `tokenizer.json` but no `spiece.model` is tokenized by it.

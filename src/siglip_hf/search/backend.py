@@ -72,13 +72,13 @@ def check_same_origin(first: Origin, second: Origin, first_name: str, second_nam
     if first.dimension != second.dimension:
         raise ValueError(
             f"{first_name} has vectors of {first.dimension} numbers and {second_name} of {second.dimension}: they are "
-            "of different models. Build it anew, or use the model it was made with."
+            "of different models. Build it again, or use the model it was made with."
         )
     if first.model_sha256 != second.model_sha256:
         raise ValueError(
             f"{first_name} was made with {first.model} ({first.model_sha256[:12]}) and {second_name} with "
             f"{second.model} ({second.model_sha256[:12]}): vectors of different weights cannot be compared. Build it "
-            "anew, or use the model it was made with."
+            "again, or use the model it was made with."
         )
     if first.content != second.content:
         raise ValueError(f"{first_name} holds {first.content}s and {second_name} {second.content}s; keep them apart.")

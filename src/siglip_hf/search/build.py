@@ -36,7 +36,7 @@ RECALL_AT = 10
 _RECALL_QUERIES = 256
 
 _BLOCK = 65_536  # vectors read at a time
-_STALE_SHARE = 0.2  # removed vectors in a graph, above which it is built anew
+_STALE_SHARE = 0.2  # removed vectors in a graph, above which it is rebuilt
 
 
 @dataclass
@@ -98,7 +98,7 @@ def build_index(
     """Builds or updates an index folder. It appears whole or not at all, however the work ends.
 
     An update takes out what is gone or has changed and adds what is new. A graph (HNSW) cannot forget: what was removed
-    stays in it, is never returned, and once it is a fifth of the graph, the graph is built anew. So is any index that
+    stays in it, is never returned, and once it is a fifth of the graph, the graph is rebuilt. So is any index that
     has outgrown its kind, or whose groups were learned from less than half or more than twice of what it now holds.
 
     Args:
@@ -183,7 +183,7 @@ def check_can_write(out: str | os.PathLike[str], *, overwrite: bool, update: boo
     """
     out = Path(out)
     if overwrite and update:
-        raise ValueError("overwrite and update are both asked for; an index is either built anew or updated.")
+        raise ValueError("overwrite and update are both asked for; an index is either rebuilt or updated.")
     if out.is_dir() and any(out.iterdir()):
         if is_index(out) and not (overwrite or update):
             raise ValueError(f"{out} holds an index; update it (--update) or replace it (--overwrite).")

@@ -25,7 +25,7 @@ def add_embeddings(
 ) -> Dataset:
     """A dataset with one more column: the embedding of each picture or text, of length 1.
 
-    The work is one `Dataset.map` in batches, so that it is cached as all maps are, and computed anew when the dataset,
+    The work is one `Dataset.map` in batches, so that it is cached as all maps are, and computed again when the dataset,
     the model or the column changes.
 
     Args:

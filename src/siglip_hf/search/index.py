@@ -202,7 +202,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if manifest.get("version") not in (1, VERSION):
         raise ValueError(
             f"{folder} is an index of version {manifest.get('version')}, and this package reads version {VERSION}; "
-            "build it anew with `siglip-hf index`, or update the package."
+            "build it again with `siglip-hf index`, or update the package."
         )
     if manifest["version"] != 1 and "checksum" not in manifest:
         raise _damaged(folder, f"the checksum of its {MANIFEST} is missing")
@@ -231,4 +231,4 @@ def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]], verify: b
 
 
 def _damaged(folder: Path, what: str) -> ValueError:
-    return ValueError(f"the index {folder} is damaged: {what}. Build it anew with `siglip-hf index`.")
+    return ValueError(f"the index {folder} is damaged: {what}. Build it again with `siglip-hf index`.")

@@ -308,5 +308,5 @@ def check_weights(embedder: SiglipEmbedder, origin: Origin, model: str | None = 
         raise ValueError(
             f"{model or embedder.name} ({weights[:12]}) does not have the weights that the index was made "
             f"with, {origin.model} ({origin.model_sha256[:12]}), so their vectors cannot be compared. Give that model "
-            "(--model), or build the index anew."
+            "(--model), or build the index again."
         )

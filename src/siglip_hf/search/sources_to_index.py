@@ -160,7 +160,7 @@ def embedded(
         if model is not None and os.path.abspath(model) != os.path.abspath(store.manifest.model):
             raise ValueError(
                 f"{sources[0]} holds embeddings made with {store.manifest.model}; --model {model} would not change "
-                "them. Leave it out, or embed the pictures anew."
+                "them. Leave it out, or embed the pictures again."
             )
         return store, store.errors(), []
     source = sources[0] if len(sources) == 1 else list(sources)
@@ -199,7 +199,7 @@ def export_source(
             model, or if there is nothing to write.
     """
     if overwrite and update:
-        raise ValueError("overwrite and update are both asked for; a table is either filled anew or updated.")
+        raise ValueError("overwrite and update are both asked for; a table is either refilled or updated.")
     kind, database, name = table_of(to, place)
     if embeddings is None and "://" in database:
         embeddings = f"{name}.embeddings"

@@ -1,4 +1,4 @@
-"""One queue in front of a tower: batches by size and by time, fair between clients, and nothing done for nobody.
+"""One queue in front of a tower: batches by size and by time, fair between clients, no work for clients that have gone.
 
 All of it runs in one event loop; only `prepare` and `compute` are called in threads. So there are no locks.
 """
@@ -147,7 +147,7 @@ class Lane:
 
     def _advance(self) -> None:
         """Starts whatever can be started."""
-        if any(ready.job.done.done() for ready in self._ready):  # nobody waits for it any more; it makes room
+        if any(ready.job.done.done() for ready in self._ready):  # no client waits for it; it makes room
             self._ready = deque(ready for ready in self._ready if not ready.job.done.done())
         while len(self._ready) + self._preparing < AHEAD * self._batch_size and (chosen := self._turns.next()):
             job, index = chosen

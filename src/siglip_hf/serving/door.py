@@ -111,7 +111,7 @@ class _Passage:
             await self._pass()
         except Problem as problem:
             await self._refuse(problem)
-        except ConnectionError:  # whoever asked has gone
+        except ConnectionError:  # the client has gone
             self.status = self.status or 499
         except Exception as error:  # a fault of ours: all of it into the log, nothing of it into the answer
             logger.exception("request %s failed", self.id)
@@ -157,7 +157,7 @@ class _Passage:
                 raise ConnectionError
             else:
                 raise Problem(504, f"the answer was not ready after {seconds:g} s.")
-        finally:  # what nobody waits for any more is not done
+        finally:  # work that no client waits for is dropped
             for task in (work, gone):
                 task.cancel()
             await asyncio.gather(work, gone, return_exceptions=True)

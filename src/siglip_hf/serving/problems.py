@@ -16,7 +16,7 @@ class Problem(Exception):
 
     Attributes:
         status: the status of HTTP.
-        detail: one sentence for whoever asked.
+        detail: one sentence for the client.
         headers: further headers of the answer.
     """
 

@@ -230,7 +230,7 @@ async def _embed(service: Service, items: Sequence[str | Picture], client: str) 
 
 
 async def _told(work: Any) -> Any:
-    """The result of work on pictures; one that cannot be read is the mistake of whoever sent it."""
+    """The result of work on pictures; one that cannot be read is the mistake of the client that sent it."""
     try:
         return await work
     except PictureError as error:

@@ -46,7 +46,7 @@ def read_keys(file: str | os.PathLike[str] | None, environment: Mapping[str, str
 
 
 def client_of(authorization: bytes, keys: Sequence[str]) -> str | None:
-    """A name for whoever sent a header `Authorization: Bearer KEY`; None if the key is none of `keys`.
+    """A name for the client that sent a header `Authorization: Bearer KEY`; None if the key is none of `keys`.
 
     All keys are compared, each in constant time, so that the time says nothing of any of them.
     """

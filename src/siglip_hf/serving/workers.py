@@ -1,4 +1,4 @@
-"""Several processes with a model each, on this machine: watched, asked by least work, begun anew when they end."""
+"""Several processes with a model each, on this machine: watched, asked by least work, started again when they end."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ class LocalWorkers:
         """
         self._settings = dataclasses.replace(settings, threads=max(1, usable_cores() // count))
         # Imports everything once, so that a new worker takes no longer than its model; and it is forked from a process
-        # without threads, whose locks a child would hold for ever.
+        # without threads, whose locks a child would hold forever.
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload([__name__])
         self._folder = tempfile.TemporaryDirectory(prefix="siglip-hf-")  # of this user alone
@@ -192,7 +192,7 @@ def _work(settings: Settings, place: str, messages: Connection) -> None:
 
 
 def _end_with_parent() -> None:
-    """Without the front, however it ended, there is nobody to work for."""
+    """Without the front, however it ended, there is no work."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -50,7 +50,7 @@ class PairCollator:
         seed: Of all random choices.
         augment: Any of "crop" (a random part of at least half the picture), "flip" (mirrored half of the time) and
             "color" (brightness, contrast and saturation changed by up to 20 %).
-        captions: "random" chooses one of a picture's captions anew at each draw, "first" takes the first.
+        captions: "random" chooses one of a picture's captions at each draw, "first" takes the first.
         templates: Texts with `{}` for the labels of pictures without captions.
         store: Stored embeddings that take the place of pictures.
 

@@ -149,7 +149,7 @@ def store_images(
 ) -> ImageStore:
     """Embeds all pictures of a source once, or opens what was stored before.
 
-    A call that was interrupted, however hard, is continued by the next; pictures that have changed are embedded anew.
+    A call that was interrupted, however hard, is continued by the next; pictures that have changed are embedded again.
 
     Args:
         model: The model whose image tower is locked; it is not trained by this.

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+
 from evaluate_default import reliability
 from write_card import curve_table, draw_curve, figures_table, fill, markdown, naflex_table, read_curve, sources_table
 

@@ -34,7 +34,7 @@ LEAST_COSINE_INT8 = 0.99
 # A model is being changed in place: a second thread that asks for the same must wait for it.
 _ONE_AT_A_TIME = threading.RLock()
 
-_PROBES = 2  # pictures, and texts: enough to see a fault, few enough that nobody waits for it
+_PROBES = 2  # pictures, and texts: enough to see a fault, few enough to be quick
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -3,7 +3,7 @@
 One product makes queries, keys and values; the activation and the residual sums are part of the products. Weights are
 stored in the order in which the matrix units read them, so that no call packs them again.
 
-A packed block stays where it is in its model. Its linear layers only no longer hold their weights: whoever asks for one
+A packed block stays where it is in its model. Only its linear layers no longer hold their weights: code that reads one
 (a saver, an optimizer, `.to`, an adapter, a forward pass with gradients) gets it back bit for bit, and the block
 is a plain one from then on.
 """
@@ -44,7 +44,7 @@ def version_of(parameter: torch.Tensor) -> int:
 
 
 def _nobody() -> None:
-    """The reference of a parameter that nobody holds."""
+    """The reference of a parameter that no one holds."""
 
 
 def is_packable(block: nn.Module) -> bool:
@@ -217,7 +217,7 @@ class PackedBlock:
 
     @functools.cached_property
     def _parts(self) -> list[tuple[dict[str, Any], str, Any]]:
-        """What the packed pass goes around: all of it must stay as it is, and nobody may listen to it."""
+        """What the packed pass goes around: all of it must stay as it is, and no hook may be on it."""
         owners: list[dict[str, Any]] = [owner._modules for owner in self.block.modules()]
         return [(modules, name, part) for modules in owners for name, part in modules.items()]
 
@@ -337,12 +337,12 @@ class PackedBlock:
 
 
 class GivenUp(dict[str, Any]):
-    """The parameters of a linear layer that is packed: whoever reads them has the block restored first.
+    """The parameters of a linear layer that is packed: reading them restores the block first.
 
     It takes the place of the layer's own dictionary, through which PyTorch reaches a parameter in every way there is.
 
     Args:
-        parameters: What the layer had. Not kept alive: if nobody else holds them, their memory is free.
+        parameters: What the layer had. Not kept alive: if nothing else holds them, their memory is free.
         packed: Where the weights are.
     """
 
