@@ -20,6 +20,9 @@ from typing import TypeVar
 import torch
 from threadpoolctl import ThreadpoolController
 
+# Devices with streams for which PyTorch pins memory.
+_PINNED = {"cuda", "xpu"}
+
 _CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 #: Pixels that readers hold decoded at once, in all threads together: 256 MB, or twice that while they are converted.
@@ -40,6 +43,11 @@ def usable_cores() -> int:
         if limit.isdigit() and period.isdigit():
             cores = min(cores, math.ceil(int(limit) / int(period)))
     return max(1, cores)
+
+
+def copies_by_itself(device: torch.device) -> bool:
+    """Whether a device copies from and to pinned memory of the host while it computes and the host goes on."""
+    return device.type in _PINNED
 
 
 def one_torch_thread() -> None:

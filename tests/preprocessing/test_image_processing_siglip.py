@@ -223,6 +223,7 @@ def test_fast_on_a_gpu_equals_the_cpu():
     processor = SiglipImageProcessorFast()
     images = [Image.fromarray(noise(427, 640)), Image.fromarray(noise(100, 90))]
     there = processor(images, return_tensors="pt", device="cuda").pixel_values
+    assert there.dtype == torch.float32
     assert there.device.type == "cuda"
     torch.testing.assert_close(there.cpu(), processor(images, return_tensors="pt").pixel_values)
     assert processor(torch.zeros(3, 50, 50, device="cuda"), return_tensors="pt").pixel_values.device.type == "cuda"

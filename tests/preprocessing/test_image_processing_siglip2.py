@@ -81,6 +81,14 @@ def test_patches_are_cut_row_by_row(processor_class):
 
 
 @pytest.mark.parametrize("processor_class", OURS)
+def test_whole_numbers_beside_others_do_not_round_them(processor_class):
+    fractions = np.random.default_rng(0).random((32, 48, 3), dtype=np.float32) * 255
+    raw = processor_class(do_resize=False, do_rescale=False, do_normalize=False, do_convert_rgb=False)
+    both = raw([np.zeros((16, 16, 3), np.uint8), fractions], return_tensors="pt")["pixel_values"]
+    assert torch.equal(both[1], raw(fractions, return_tensors="pt")["pixel_values"][0])
+
+
+@pytest.mark.parametrize("processor_class", OURS)
 @pytest.mark.parametrize("mode", ["L", "LA", "P", "1", "RGBA", "CMYK", "I;16"])
 def test_pictures_of_every_mode_work(processor_class, mode):
     # A published file says null, with which stock fails on them.

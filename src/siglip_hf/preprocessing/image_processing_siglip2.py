@@ -256,7 +256,7 @@ class Siglip2ImageProcessor(Siglip2ImageProcessorBase, SiglipImageProcessor):
         as_they_are = not do_normalize and all(scale == 1 for _, _, scale in pieces)
         values = np.empty(
             (len(pieces), largest_budget(max_num_patches), patch_size**2 * channels),
-            pieces[0][0].dtype if as_they_are else np.float32,
+            np.result_type(*(patches.dtype for patches, _, _ in pieces)) if as_they_are else np.float32,
         )  # (B, N, p * p * C)
         for (patches, _, scale), row in zip(pieces, values, strict=True):
             filled = row[: len(patches)].reshape(patches.shape)

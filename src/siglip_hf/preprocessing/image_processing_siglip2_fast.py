@@ -23,14 +23,25 @@ from siglip_hf.preprocessing.image_processing_siglip2 import (
     with_budgets,
 )
 from siglip_hf.preprocessing.image_processing_siglip_fast import SiglipImageProcessorFast
-from siglip_hf.preprocessing.image_tensors import divide_and_shift, division_and_shift, empty, put, resize, to_tensor
+from siglip_hf.preprocessing.image_tensors import (
+    Parcel,
+    common_dtype,
+    divide_and_shift,
+    division_and_shift,
+    empty,
+    put,
+    resize,
+    scaled_there,
+    to_tensor,
+)
 
 
 class Siglip2ImageProcessorFast(Siglip2ImageProcessorBase, SiglipImageProcessorFast):
     """Turns pictures into patches with torch, several times faster than Pillow and on any device.
 
     It differs from `Siglip2ImageProcessor` in the resizing only, by at most one level of 255; for where, and for
-    `device` and `return_tensors`, see `SiglipImageProcessorFast`.
+    `device` and `return_tensors`, see `SiglipImageProcessorFast`. Only `pixel_values` goes to the device: the mask and
+    the shapes stay on the CPU, as in transformers, where a model can read them without waiting for the device.
 
     Examples:
         >>> from siglip_hf import Siglip2ImageProcessorFast
@@ -67,31 +78,43 @@ class Siglip2ImageProcessorFast(Siglip2ImageProcessorBase, SiglipImageProcessorF
         pixels, scales = map(list, zip(*in_threads(resized, entries), strict=True))  # (C, height, width) each
         channels = channels_of_batch(item.shape[0] for item in pixels)
         as_they_are = not do_normalize and all(scale == 1 for scale in scales)
-        values = empty(
-            (len(pixels), largest_budget(max_num_patches), patch_size**2 * channels),
-            pixels[0].dtype if as_they_are else torch.float32,
-            device,
-        )  # (B, N, p * p * C)
+        length, area = largest_budget(max_num_patches), patch_size**2
+        shape = (len(pixels), length, area * channels)  # (B, N, p * p * C)
         mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
+        factors = [division_and_shift(scale, mean, std, channels) for scale in scales]
+        grids = [(item.shape[1] // patch_size, item.shape[2] // patch_size) for item in pixels]
+        spatial_shapes = torch.tensor(grids)  # (B, 2)
+        counts = spatial_shapes.prod(dim=1, keepdim=True)  # (B, 1)
 
-        def fill(entry: tuple[torch.Tensor, torch.Tensor, float]) -> tuple[int, int]:
-            patches, item, scale = entry
-            rows, columns = item.shape[1] // patch_size, item.shape[2] // patch_size
-            filled = patches[: rows * columns]  # (n, p * p * C)
-            lines = item.permute(1, 2, 0).contiguous().view(rows, patch_size, columns, patch_size, channels)
-            put(lines.transpose(1, 2), into=filled.view(rows, columns, patch_size, patch_size, channels))
+        def fill(into: torch.Tensor, scale_here: bool) -> None:
+            def fill_one(number: int) -> None:
+                rows, columns = grids[number]
+                item, filled = pixels[number], into[number, : rows * columns]  # (n, p * p * C)
+                lines = item.permute(1, 2, 0).contiguous().view(rows, patch_size, columns, patch_size, channels)
+                put(lines.transpose(1, 2), into=filled.view(rows, columns, patch_size, patch_size, channels))
+                if scale_here:
+                    # As long as a patch: a vector is quicker to apply than a channel at a time.
+                    divide_and_shift(filled, *(np.tile(values, area) for values in factors[number]))
+                put(into.new_zeros(()), into=into[number, rows * columns :])
+
+            list(in_threads(fill_one, range(len(pixels))))
+
+        kept = common_dtype(pixels)
+        if device.type == "cpu":
+            values = empty(shape, kept if as_they_are else torch.float32)
+            fill(values, not as_they_are)
+        else:
+            travels = kept if as_they_are or kept == torch.uint8 else torch.float32
+            small = [((2, len(pixels), 1, 1, channels), torch.float32), ((len(pixels), 1, 1), torch.int64)]
+            parcel = Parcel([(shape, travels), *small], device)
+            fill(parcel.parts[0], False)
+            put(torch.from_numpy(np.stack(factors, axis=1)).view(small[0][0]), into=parcel.parts[1])
+            put(counts[..., None], into=parcel.parts[2])
+            values, scaling, counts_there = parcel.send()
             if not as_they_are:
-                division, shift = division_and_shift(scale, mean, std, channels)
-                # As long as a patch: a vector is quicker to apply than a channel at a time.
-                divide_and_shift(filled, np.tile(division, patch_size**2), np.tile(shift, patch_size**2))
-            put(patches.new_zeros(()), into=patches[rows * columns :])
-            return rows, columns
-
-        filling = list(zip(values, pixels, scales, strict=True))
-        shapes = list(in_threads(fill, filling) if device.type == "cpu" else map(fill, filling))
-        spatial_shapes = torch.tensor(shapes, device=device)  # (B, 2)
-        lengths = spatial_shapes.prod(dim=1, keepdim=True)
-        mask = (torch.arange(values.shape[1], device=device) < lengths).int()  # (B, N)
+                values = scaled_there(values.view(*shape[:2], area, channels), scaling).view(shape)
+                values.masked_fill_(torch.arange(length, device=device)[:, None] >= counts_there, 0)
+        mask = (torch.arange(length) < counts).int()  # (B, N)
         data: dict[str, Any] = {"pixel_values": values, "pixel_attention_mask": mask, "spatial_shapes": spatial_shapes}
         if return_tensors is None:
             return BatchFeature(data={name: list(value) for name, value in data.items()})

@@ -5,7 +5,6 @@ Same defaults, arguments and intake as `SiglipImageProcessor`; torchvision is ne
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -22,7 +21,17 @@ from siglip_hf.preprocessing.image_processing_siglip import (
     resized_size,
     value_scale,
 )
-from siglip_hf.preprocessing.image_tensors import divide_and_shift, division_and_shift, empty, put, resize, to_tensor
+from siglip_hf.preprocessing.image_tensors import (
+    Parcel,
+    common_dtype,
+    divide_and_shift,
+    division_and_shift,
+    empty,
+    put,
+    resize,
+    scaled_there,
+    to_tensor,
+)
 
 
 class SiglipImageProcessorFast(SiglipImageProcessorBase):
@@ -39,9 +48,9 @@ class SiglipImageProcessorFast(SiglipImageProcessorBase):
     rounding. Pillow also serves the filters other than bilinear and bicubic, an alpha channel that is kept
     (`do_convert_rgb=False`), and pictures more than 100 times as high as wide, without any difference.
 
-    With `device`, the resized 8-bit values are sent there, a quarter of the bytes, and normalized there. Without it,
-    the result lies where the first picture does, if that is a tensor. Without `return_tensors`, `pixel_values` is a
-    list of tensors.
+    With `device`, the resized 8-bit values of a batch are sent there in one copy, a quarter of the bytes, and
+    normalized there. Without it, the result lies where the first picture does, if that is a tensor. Without
+    `return_tensors`, `pixel_values` is a list of tensors.
 
     Examples:
         >>> from siglip_hf import SiglipImageProcessorFast
@@ -97,27 +106,66 @@ class SiglipImageProcessorFast(SiglipImageProcessorBase):
 
         mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
         as_they_are = not do_normalize and all(scale == 1 for scale in scales)
-        dtype = functools.reduce(torch.promote_types, (item.dtype for item in pixels)) if as_they_are else torch.float32
-        results: Any
-        if len({item.shape for item in pixels}) == 1:
-            results = empty((len(pixels), *pixels[0].shape), dtype, device)  # (B, C, h, w)
+        kept = common_dtype(pixels)
+        factors = (
+            None
+            if as_they_are
+            else [division_and_shift(scale, mean, std, len(item)) for scale, item in zip(scales, pixels, strict=True)]
+        )
+        if device.type != "cpu":
+            results = _sent(pixels, kept if as_they_are or kept == torch.uint8 else torch.float32, factors, device)
         else:
-            results = [empty(tuple(item.shape), dtype, device) for item in pixels]
-
-        def fill(entry: tuple[torch.Tensor, torch.Tensor, float]) -> None:
-            result, item, scale = entry
-            put(item, into=result)
-            if not as_they_are:
-                division, shift = division_and_shift(scale, mean, std, item.shape[0])
-                divide_and_shift(result, division[:, None, None], shift[:, None, None])
-
-        entries = list(zip(results, pixels, scales, strict=True))
-        list(in_threads(fill, entries) if device.type == "cpu" else map(fill, entries))
+            results = _filled(pixels, kept if as_they_are else torch.float32, factors)
         if do_pad:
             results = _pad(results, pad_size)
         if ChannelDimension(data_format or "channels_first") == ChannelDimension.LAST:
             results = [item.permute(1, 2, 0) for item in results]
         return _to_feature(results, return_tensors)
+
+
+def _filled(pixels: list[torch.Tensor], dtype: torch.dtype, factors: list[Any] | None) -> Any:
+    """(B, C, h, w) on the CPU, or a list of (C, h, w) if the sizes differ; scaled by `factors`, if there are any."""
+    results: Any
+    if len({item.shape for item in pixels}) == 1:
+        results = empty((len(pixels), *pixels[0].shape), dtype)
+    else:
+        results = [empty(tuple(item.shape), dtype) for item in pixels]
+
+    def fill(number: int) -> None:
+        put(pixels[number], into=results[number])
+        if factors is not None:
+            divide_and_shift(results[number], *(values[:, None, None] for values in factors[number]))
+
+    list(in_threads(fill, range(len(pixels))))
+    return results
+
+
+def _sent(pixels: list[torch.Tensor], dtype: torch.dtype, factors: list[Any] | None, device: torch.device) -> Any:
+    """As `_filled`, on another device: all pictures go there in one copy, as `dtype`, and are scaled there."""
+    alike = len({item.shape for item in pixels}) == 1
+    groups = [pixels] if alike else [[item] for item in pixels]
+    parts = [((len(group), *group[0].shape[1:], len(group[0])), dtype) for group in groups]  # (n, h, w, C)
+    if factors is not None:
+        parts += [((2, len(group), len(group[0])), torch.float32) for group in groups]  # (2, n, C)
+    parcel = Parcel(parts, device)
+    places = [place for part in parcel.parts[: len(groups)] for place in part]
+
+    def fill(number: int) -> None:
+        put(pixels[number].permute(1, 2, 0), into=places[number])
+
+    list(in_threads(fill, range(len(pixels))))
+    if factors is not None:
+        of_pictures = [place for part in parcel.parts[len(groups) :] for place in part.unbind(1)]  # (2, C) each
+        for place, values in zip(of_pictures, factors, strict=True):
+            place.numpy()[:] = values
+    sent = parcel.send()
+    results = [part.permute(0, 3, 1, 2) for part in sent[: len(groups)]]  # (n, C, h, w)
+    if factors is None:
+        results = [part.contiguous() for part in results]
+    else:
+        scales = (part[..., None, None] for part in sent[len(groups) :])
+        results = [scaled_there(part, scale) for part, scale in zip(results, scales, strict=True)]
+    return results[0] if alike else [part[0] for part in results]
 
 
 def _center_crop(image: torch.Tensor, size: SizeDict) -> torch.Tensor:

@@ -2,11 +2,15 @@
 
 On the CPU a batch is filled by NumPy, picture by picture in `threads`: its memory comes in huge pages where it is large
 (fresh pages of 4 KB cost more than all the arithmetic), and it starts no threads of its own inside those.
+To another device a batch goes in one copy, with 8-bit values as 8 bits, and is scaled there.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers.image_utils import PILImageResampling
 
+from siglip_hf.parallel import copies_by_itself
 from siglip_hf.preprocessing.image_intake import Picture
 from siglip_hf.preprocessing.pillow_memory import shared_pixels
 
@@ -30,6 +35,9 @@ _VERY_HIGH = 100
 
 # Pixels above which a copy of a picture costs more memory than torch saves time.
 _LARGE = 50_000_000
+
+# Bytes that the places of tensors in a block are multiples of.
+_ALIGNMENT = 16
 
 _TORCH_MODES = {PILImageResampling.BILINEAR: "bilinear", PILImageResampling.BICUBIC: "bicubic"}
 
@@ -109,26 +117,66 @@ def division_and_shift(scale: float, mean: Any, std: Any, channels: int) -> tupl
 
 
 def divide_and_shift(pixels: torch.Tensor, division: np.ndarray, shift: np.ndarray) -> None:
-    """pixels / division + shift in place, for float32 pixels and arrays that broadcast to them."""
-    if pixels.device.type == "cpu":
-        array = pixels.numpy()
-        np.divide(array, division, out=array)
-        np.add(array, shift, out=array)
-    else:
-        divisor, offset = (torch.from_numpy(values).to(pixels.device) for values in (division, shift))
-        torch.addcdiv(offset, pixels, divisor, out=pixels)
+    """pixels / division + shift in place, for float32 pixels on the CPU and arrays that broadcast to them."""
+    array = pixels.numpy()
+    np.divide(array, division, out=array)
+    np.add(array, shift, out=array)
 
 
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An uninitialized tensor; on the CPU, of NumPy's memory."""
-    if device.type != "cpu":
-        return torch.empty(shape, dtype=dtype, device=device)
+def common_dtype(pixels: Sequence[torch.Tensor]) -> torch.dtype:
+    """The dtype that holds the values of all tensors."""
+    return functools.reduce(torch.promote_types, (item.dtype for item in pixels))
+
+
+def empty(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """An uninitialized tensor on the CPU, of NumPy's memory."""
     return torch.from_numpy(np.empty(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
 
 
 def put(item: torch.Tensor, into: torch.Tensor) -> None:
-    """Copies pixels into memory of `empty`; the dtypes may differ, and the shapes broadcast."""
-    if into.device.type == "cpu":
-        into.numpy()[:] = item.numpy()
-    else:
-        into.copy_(item)
+    """Copies pixels of the CPU to a place there; the dtypes may differ, and the shapes broadcast."""
+    into.numpy()[:] = item.numpy()
+
+
+class Parcel:
+    """Tensors that go to a device together: one block of memory and one copy, which does not wait for the device.
+
+    Attributes:
+        parts: The tensors on the CPU, to be filled before `send`.
+    """
+
+    def __init__(self, parts: Sequence[tuple[tuple[int, ...], torch.dtype]], device: torch.device) -> None:
+        """Makes room.
+
+        Args:
+            parts: Shape and dtype of each tensor.
+            device: Where they are to go.
+        """
+        self._layout = list(parts)
+        self._device = device
+        bytes_of = [-(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT for shape, dtype in parts]
+        self._starts = [0, *itertools.accumulate(bytes_of)]
+        self._pinned = copies_by_itself(device)
+        self._block = torch.empty(self._starts[-1], dtype=torch.uint8, pin_memory=self._pinned)
+        self.parts = self._views(self._block)
+
+    def _views(self, block: torch.Tensor) -> list[torch.Tensor]:
+        return [
+            block[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for start, (shape, dtype) in zip(self._starts, self._layout, strict=False)
+        ]
+
+    def send(self) -> list[torch.Tensor]:
+        """The tensors on the device. PyTorch does not use pinned memory again before it has been copied."""
+        return self._views(self._block.to(self._device, non_blocking=self._pinned))
+
+
+def scaled_there(pixels: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """pixels / division + shift in one kernel, in float32 and in contiguous memory.
+
+    Args:
+        pixels: On any device, of any strides; 8-bit ones are converted in the kernel.
+        factors: (2, ...), division and shift as `division_and_shift` has them; each broadcasts to `pixels`.
+    """
+    scaled = torch.empty(pixels.shape, dtype=torch.float32, device=pixels.device)
+    return torch.addcdiv(factors[1], pixels, factors[0], out=scaled)
