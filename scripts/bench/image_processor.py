@@ -6,6 +6,9 @@ hf-processors-rs from JPEG bytes.
 Pictures of 640 x 427 pixels (the usual COCO size) to a float32 tensor, from PIL images and from JPEG bytes. Each round
 runs all of them, one after the other, so that the machine's moods hit all alike; the numbers are medians.
 hf-processors-rs (from the extra `bench`) is left out where it is not installed.
+
+`--antialias` measures instead how far torch's resize without antialiasing, as some programs prepare pictures, is from
+Pillow's, on the package's own pictures of 160 x 160.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +30,38 @@ from rich.console import Console
 from rich.table import Table
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+import siglip_hf
 from common import in_turn, machine, noise_picture, to_jpeg
 from siglip_hf import SiglipImageProcessor, SiglipImageProcessorFast
+from siglip_hf.preprocessing.image_intake import load_picture
 
 OURS = "siglip_hf (torch)"
+PICTURES = Path(siglip_hf.__file__).parent / "apps" / "pictures"
+
+
+def resize_differences(filter_name: str, size: int) -> list[np.ndarray]:
+    """For each picture, |Pillow - torch without antialiasing| after a resize to `size`, in levels of 255."""
+    differences = []
+    for path in sorted(PICTURES.glob("*.png")):
+        picture = load_picture(path)
+        pillow = np.asarray(picture.resize((size, size), Image.Resampling[filter_name.upper()]), np.float32)
+        channels_first = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None].float()  # (1, 3, H, W)
+        resized = torch.nn.functional.interpolate(channels_first, (size, size), mode=filter_name, align_corners=False)
+        differences.append(np.abs(pillow - resized[0].permute(1, 2, 0).round().clamp(0, 255).numpy()))
+    return differences
+
+
+def print_resize_differences() -> None:
+    """The table of `--antialias`."""
+    print(machine(packages=("torch", "pillow")))
+    table = Table("filter", "160 to", "largest", "mean of a picture", title="with and without antialiasing, of 255")
+    for filter_name in ("bicubic", "bilinear"):
+        for size in (112, 384):
+            found = resize_differences(filter_name, size)
+            means = [float(difference.mean()) for difference in found]
+            largest = max(float(difference.max()) for difference in found)
+            table.add_row(filter_name, f"{size}", f"{largest:.0f}", f"{min(means):.2f} to {max(means):.2f}")
+    Console(width=100).print(table)
 
 
 def main() -> None:
@@ -40,7 +72,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--height", type=int, default=427)
     parser.add_argument("--threads", type=int, default=1, help="of torch")
+    parser.add_argument("--antialias", action="store_true", help="only: what antialiasing changes")
     options = parser.parse_args()
+    if options.antialias:
+        print_resize_differences()
+        return
     torch.set_num_threads(options.threads)
 
     rng = np.random.default_rng(0)

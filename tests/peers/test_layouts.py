@@ -138,3 +138,23 @@ def test_the_table_of_names_is_timms_and_open_clips():
         by_file, by_name = of_open_clip_config(open_clip.get_model_config(name)), of_open_clip_name(name)
         assert by_file.vision == by_name.vision, name
         assert by_name.text.items() <= by_file.text.items(), name
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16-SigLIP", "ViT-B-16-SigLIP2"])
+def test_texts_are_read_as_migrating_says(name):
+    """open_clip cleans texts of both families as we clean SigLIP's, but for `_`, HTML entities and broken Unicode."""
+    clean = open_clip.tokenizer.get_clean_fn(open_clip.get_model_config(name)["text_cfg"]["tokenizer_kwargs"]["clean"])
+    for text in ("A photo of  a Dog, isn't it?", " two\tcats\n", "caf\u00e9 \u2014 \u732b"):
+        assert clean(text) == siglip_hf.canonicalize_text(text)
+    for text, theirs, ours in (
+        ("hot_air_balloon", "hot air balloon", "hotairballoon"),
+        ("salt &amp; pepper", "salt pepper", "salt amp pepper"),
+        ("caf\u00c3\u00a9", "caf\u00e9", "caf\u00e3\u00a9"),
+    ):
+        assert (clean(text), siglip_hf.canonicalize_text(text)) == (theirs, ours)
+
+
+def test_the_two_gelus_differ_as_migrating_says():
+    x = torch.linspace(-20, 20, 400_001, dtype=torch.float64)
+    exact, tanh = torch.nn.functional.gelu(x), torch.nn.functional.gelu(x, approximate="tanh")
+    assert 0.0004 < (exact - tanh).abs().max() < 0.0005
