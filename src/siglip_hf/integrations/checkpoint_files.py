@@ -1,4 +1,4 @@
-"""What a folder of a converted checkpoint holds beside the weights: tokenizer and image processor."""
+"""What a folder of a converted checkpoint holds beside the weights: the files of tokenizer and image processor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from siglip_hf.models.configuration_siglip import as_pair
+from siglip_hf.preprocessing.sentence_transformers_files import write_sentence_transformers_files
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -122,13 +123,14 @@ def check_vocabulary(path: Path, config: Any) -> None:
 
 
 def write_tokenizer(folder: Path, path: Path, config: Any) -> None:
-    """Writes the tokenizer's files.
+    """Writes the tokenizer's files, and those by which sentence-transformers reads a folder with both towers.
 
     Args:
         folder: where.
         path: the SentencePiece file that the model was trained with.
         config: of the model.
     """
+    write_sentence_transformers_files(folder)
     settings = {"model_max_length": config.text_config.max_position_embeddings, "model_input_names": ["input_ids"]}
     if is_siglip2(config):
         _write_gemma_tokenizer(folder, path, settings)
