@@ -51,7 +51,8 @@ LAYOUTS := open_clip_torch timm ftfy
 PYTHONS ?= python3.11 python3.12 python3.13
 # Other versions lie in a folder that is searched before the environment's own packages; torch is shared.
 OTHER = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target
-RUN = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -q -m "not gpu and not slow and not browser" $(TESTS)
+# RECORD=--record writes the versions and what came out into docs/compatibility.md.
+RUN = OMP_NUM_THREADS=1 $(BIN)/python scripts/checks/versions.py $(RECORD) -n 2 -q -m "not gpu and not slow and not browser" $(TESTS)
 
 test-oldest: $(DEV) ## run the core tests on the oldest transformers that we claim
 	rm -rf $(VENV)/oldest
