@@ -17,10 +17,11 @@ from siglip_hf import (
     SiglipImageProcessorFast,
     parallel,
 )
+from siglip_hf.apps import page
 from siglip_hf.apps.search import read_hit
 from siglip_hf.data.embedder import SiglipEmbedder
 from siglip_hf.data.sources import Record, Source
-from siglip_hf.evaluation import verify_side
+from siglip_hf.evaluation import verify, verify_side
 from siglip_hf.inference.classify import classify_files, load_classifier
 from siglip_hf.inference.contact_sheet import card_picture
 from siglip_hf.parallel import PIXELS, PixelBudget
@@ -182,6 +183,31 @@ def test_a_very_large_picture_of_a_result_is_never_in_memory_twice(tmp_path, mon
     assert read_hit(str(tmp_path / "a.png"), 200).size == (200, 200)
     assert (217, 217) in made, "6 times smaller while it is converted, strip by strip"
     assert (1300, 1300) not in made
+
+
+def test_visitors_of_pages_decode_in_few_threads(tmp_path, monkeypatch):
+    (path,) = files(tmp_path, 1)
+    threads = set()
+    load = page.load_picture
+    monkeypatch.setattr(page, "load_picture", lambda file: (threads.add(threading.get_ident()), load(file))[1])
+    monkeypatch.setattr("siglip_hf.apps.search.load_picture", lambda file, **rest: page.load_picture(file))
+    visitors = [threading.Thread(target=read, args=(path,)) for read in (page.read_upload, read_hit) * 8]
+    for visitor in visitors:
+        visitor.start()
+    for visitor in visitors:
+        visitor.join()
+    assert 1 <= len(threads) <= page.DECODERS
+    assert not threads & {visitor.ident for visitor in visitors}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_verify_reduces_a_very_large_picture(tmp_path, monkeypatch, mode):
+    monkeypatch.setattr(verify, "_LARGEST_SIDE", 16)
+    Image.new(mode, (193, 130), "red").save(tmp_path / "a.png")
+    assert verify._picture(str(tmp_path / "a.png")).size == (193, 130)
+    monkeypatch.setattr(image_intake, "LARGE_PIXELS", 10_000)
+    small = verify._picture(str(tmp_path / "a.png"))
+    assert (small.mode, small.size) == ("RGB", (97, 65)), "4 times the side of the tower at least"
 
 
 def test_verify_takes_large_pictures_one_by_one(tmp_path, monkeypatch):

@@ -108,6 +108,42 @@ def _pipeline() -> None:
     assert len(classify(_paths(), candidate_labels="a cat, a dog", batch_size=8)) == COUNT
 
 
+def _embedder() -> None:
+    import siglip_hf
+
+    assert len(siglip_hf.SiglipEmbedder().embed_images("photos")) == COUNT
+
+
+def _verify() -> int:
+    import siglip_hf
+
+    return _cli("verify", siglip_hf.default_checkpoint(), *_paths())()
+
+
+def _serve() -> None:
+    """What the server does with as many uploads at once, if it is told to take them."""
+    import asyncio
+
+    import httpx2 as httpx
+
+    from siglip_hf.serving.app import create_app
+    from siglip_hf.serving.settings import Limits, Settings
+
+    app = create_app(Settings(limits=Limits(pixels=200_000_000, seconds=3600)))
+
+    async def ask() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=None) as client:
+            posts = [
+                client.post("/v1/embeddings", files={"image": Path(path).read_bytes()}, data={"encoding_format": "float"})
+                for path in _paths()
+            ]
+            return await asyncio.gather(*posts)
+
+    replies = asyncio.run(ask())
+    assert [reply.status_code for reply in replies] == [200] * COUNT, replies[0].text[:500]
+
+
 def _pages() -> None:
     """What the pages do with uploads, and with the pictures of results, for eight visitors at once."""
     from concurrent.futures import ThreadPoolExecutor
@@ -143,7 +179,11 @@ READERS: dict[str, Callable[[], int | None]] = {
     "evaluate": _cli("evaluate", "photos"),
     "train": _cli(*_TRAIN, "--out", "run"),
     "train --augment crop,flip,color": _cli(*_TRAIN, "--out", "augmented", "--augment", "crop,flip,color"),
-    "pages": _pages,
+    "learn": _cli("learn", "photos", "--out", "head"),
+    "SiglipEmbedder": _embedder,
+    "verify": _verify,
+    "serve, uploads at once": _serve,
+    "pages, 8 visitors": _pages,
 }
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import base64
 import html
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,10 @@ MAX_SIDE = 2048
 MAX_LABELS = 200
 #: Characters in a field of labels, a template, a query, and a pattern of paths.
 MAX_LABELS_TEXT, MAX_TEMPLATE, MAX_QUERY, MAX_PATTERN = 10_000, 500, 2000, 500
+#: Threads that decode pictures, for all visitors. The C library keeps up to 64 MB for each thread that has done so, and
+#: gradio answers in up to 40.
+DECODERS = 2
+_DECODERS = ThreadPoolExecutor(DECODERS, "siglip-decode")
 
 CSS = """
 .cards { display: flex; flex-wrap: wrap; gap: 1rem; }
@@ -173,15 +178,24 @@ def read_upload(file: str | bytes, most: int = MAX_PIXELS) -> Image.Image:
             width, height = image.size
         if width * height > most:
             raise ValueError(f"it has {width} x {height} pixels; at most {most / 1e6:.0f} million are taken")
-        with PIXELS.bounded():
-            picture = load_picture(file)
-            picture.thumbnail((MAX_SIDE, MAX_SIDE))
-            return picture
+        return small_picture(lambda: load_picture(file), MAX_SIDE)
     except UnidentifiedImageError as error:
         raise PictureError("it is no picture of a known format, such as PNG or JPEG", name) from error
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         reason = error.reason if isinstance(error, PictureError) else str(error)
         raise PictureError(reason if isinstance(file, bytes) else reason.replace(file, "file"), name) from error
+
+
+def small_picture(load: Callable[[], Image.Image], side: int) -> Image.Image:
+    """What `load` gives, no larger than `side`; in one of the threads that decode, within the budget of pixels."""
+
+    def decode() -> Image.Image:
+        with PIXELS.bounded():
+            picture = load()
+            picture.thumbnail((side, side))
+            return picture
+
+    return _DECODERS.submit(decode).result()
 
 
 def demo_folder() -> Path:

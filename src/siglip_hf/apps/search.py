@@ -15,7 +15,6 @@ from PIL import Image
 from siglip_hf._version import __version__
 from siglip_hf.apps import page
 from siglip_hf.files import sha256
-from siglip_hf.parallel import PIXELS
 from siglip_hf.preprocessing.image_intake import DRAFT_MARGIN, PictureError, load_picture
 
 if TYPE_CHECKING:
@@ -193,11 +192,9 @@ def read_hit(path: str, side: int = page.MAX_SIDE) -> Image.Image:
     from siglip_hf.data.store import picture_at
 
     try:
-        with PIXELS.bounded():
-            # A very large one is reduced to little more than `side`, so that it never lies in memory twice.
-            picture = load_picture(picture_at(path), draft_to=-(-side // DRAFT_MARGIN))
-            picture.thumbnail((side, side))
-            return picture
+        # A very large one is reduced to little more than `side`, so that it never lies in memory twice.
+        draft_to = -(-side // DRAFT_MARGIN)
+        return page.small_picture(lambda: load_picture(picture_at(path), draft_to=draft_to), side)
     except OSError as error:
         raise PictureError(getattr(error, "reason", None) or str(error), os.path.basename(path)) from error
 

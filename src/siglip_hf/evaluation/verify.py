@@ -28,6 +28,7 @@ from siglip_hf.loading import pick_device
 TOLERANCE = {"float32": 1e-5, "float16": 4e-3, "bfloat16": 3e-2}
 
 _PICTURES = Path(__file__).parents[1] / "apps" / "pictures"
+_LARGEST_SIDE = 512  # of the pictures of published models
 DEFAULT_PICTURES = ("cat.png", "penguin.png", "bicycle.png", "pizza.png")
 DEFAULT_LABELS = ("cat", "penguin", "bicycle", "pizza", "house")
 TEMPLATE = "This is a photo of {}."
@@ -226,7 +227,6 @@ def _cases(
 ) -> tuple[dict[str, Any], list[str]]:
     """What both sides are asked for: the user's pictures and texts, and the published example where there is one."""
     from siglip_hf.inference.label_bank import parse_labels
-    from siglip_hf.preprocessing.image_intake import load_picture
     from siglip_hf.preprocessing.text_cleaning import label_words
 
     notes: list[str] = []
@@ -234,7 +234,7 @@ def _cases(
     files = []
     for number, source in enumerate(sources):
         files.append(str(work / f"picture{number}.png"))
-        load_picture(source).save(files[-1])  # one by one: all of them may not fit into memory
+        _picture(source).save(files[-1])  # one by one: all of them may not fit into memory
     given = parse_labels(labels if labels is not None else DEFAULT_LABELS)
     texts = [TEMPLATE.format(label_words(label)) for label in given]
     if joined := next((label for label in given if label != label_words(label)), None):
@@ -257,7 +257,7 @@ def _cases(
     if not random and (key := _published_name(name)) in PUBLISHED_SCORES:
         mine = [source for source in sources if str(source).endswith(PUBLISHED_PICTURE.rpartition("/")[2])]
         try:
-            load_picture(mine[0] if mine else PUBLISHED_PICTURE).save(work / "published.png")
+            _picture(mine[0] if mine else PUBLISHED_PICTURE).save(work / "published.png")
         except OSError as error:
             notes.append(
                 f"the published example of {key} was not tried, since its picture could not be had ({error}); "
@@ -267,6 +267,16 @@ def _cases(
             published = [TEMPLATE.format(label) for label in PUBLISHED_LABELS]
             cases["published"] = {"pictures": [str(work / "published.png")], "texts": published}
     return cases, notes
+
+
+def _picture(source: Any) -> Any:
+    """A picture for both sides; a very large one is made smaller, since stock's side would hold it several times."""
+    from siglip_hf.preprocessing.image_intake import LARGE_PIXELS, load_picture, reduction
+
+    picture = load_picture(source, draft_to=_LARGEST_SIDE)
+    if picture.width * picture.height <= LARGE_PIXELS:
+        return picture
+    return picture.reduce(reduction(picture.size, _LARGEST_SIDE))
 
 
 def _published_name(name: str) -> str:
