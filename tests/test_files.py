@@ -80,7 +80,7 @@ def test_a_full_disk_is_named(tmp_path, number):
         with pytest.raises(OSError, match=message) as caught:
             begin(tmp_path / "a", OSError(number, os.strerror(number)))
         assert caught.value.errno == number
-        assert os.listdir(tmp_path) == []
+        assert set(os.listdir(tmp_path)) <= {".a.lock"}
         with pytest.raises(FileNotFoundError, match="elsewhere"):  # it has nothing to do with the disk: as it is
             begin(tmp_path / "a", FileNotFoundError(errno.ENOENT, "No such file", "elsewhere"))
 
@@ -101,13 +101,53 @@ def test_a_full_disk_in_the_words_of_other_libraries(tmp_path, error):
         raise RuntimeError("I/O error: Permission denied (os error 13)")
 
 
+def test_two_that_write_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "a.txt"
+    with files.new_file(path) as one:
+        with files.new_file(path) as other:
+            one.write_text("one, half")
+            other.write_text("other")
+        assert path.read_text() == "other"
+        one.write_text("one")
+        assert path.read_text() == "other"
+    assert path.read_text() == "one"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_what_a_killed_writer_of_a_file_left_is_removed_when_it_is_old(tmp_path):
+    for name in (".a.txt.7-0.partial", ".a.txt.8-0.partial", ".b.txt.7-0.partial"):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (0, 0))
+    os.utime(tmp_path / ".a.txt.8-0.partial")  # someone may be writing
+    with files.new_file(tmp_path / "a.txt") as partial:
+        partial.write_text("new")
+    assert sorted(os.listdir(tmp_path)) == [".a.txt.8-0.partial", ".b.txt.7-0.partial", "a.txt"]
+
+
+def write_folder(path, text="new", overwrite=False):
+    with files.new_folder(path, overwrite=overwrite, marker="m") as folder:
+        (folder / "m").write_text(text)
+
+
 def test_a_folder_that_a_killed_run_left_is_finished_or_removed(tmp_path):
-    for name in (".out.replaced-7", ".out.partial-7", ".other.partial-7"):
+    for name in (".out.replaced-7", f".out.partial-{os.getpid()}", ".other.partial-7"):
         (tmp_path / name).mkdir()
     (tmp_path / ".out.replaced-7" / "m").write_text("old")
-    files.clear_remains(tmp_path / "out")
-    assert sorted(os.listdir(tmp_path)) == [".other.partial-7", "out"]
+    with pytest.raises(ValueError, match="is not empty"):  # it is there again
+        write_folder(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == [".other.partial-7", ".out.lock", "out"]
     assert (tmp_path / "out" / "m").read_text() == "old"
+    write_folder(tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "m").read_text() == "new"
+    assert sorted(os.listdir(tmp_path)) == [".other.partial-7", ".out.lock", "out"]
+
+
+def test_one_process_at_a_time_writes_to_a_folder(tmp_path):
+    with files.new_folder(tmp_path / "out", overwrite=False, marker="m") as folder:
+        (folder / "m").write_text("first")
+        with pytest.raises(OSError, match=r"another run is writing to .*out; wait"):
+            write_folder(tmp_path / "out")
+    assert (tmp_path / "out" / "m").read_text() == "first"
 
 
 def test_any_flipped_bit_of_a_sealed_file_is_found(tmp_path):

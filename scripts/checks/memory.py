@@ -135,7 +135,9 @@ def _serve() -> None:
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://server", timeout=None) as client:
             posts = [
-                client.post("/v1/embeddings", files={"image": Path(path).read_bytes()}, data={"encoding_format": "float"})
+                client.post(
+                    "/v1/embeddings", files={"image": Path(path).read_bytes()}, data={"encoding_format": "float"}
+                )
                 for path in _paths()
             ]
             return await asyncio.gather(*posts)

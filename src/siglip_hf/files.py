@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import glob
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import stat
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +23,9 @@ MOST_BYTES = 1 << 30
 
 #: In a folder of `seal_folder`: the checksums of its other files.
 CHECKSUMS_FILE = "checksums.json"
+
+_ABANDONED = 3600  # seconds in which whoever writes a file writes something
+_NUMBERS = itertools.count()
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, or the largest file allowed
 
@@ -156,6 +161,9 @@ def only_run(folder: str | os.PathLike[str], lock: str | os.PathLike[str] | None
 def new_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Path]:
     """Gives a path to write to, beside `path`; the file takes its place when the block ends without an error.
 
+    Two that write one file at once do not meet: the file is that of the one that ends last. What a process that was
+    killed left behind is removed by a later one, when it is an hour old.
+
     Args:
         path: the place. Whatever is there stays as it is until the new file is whole.
         sync: have the content on the disk before; without it, a crash of the machine may leave a damaged file.
@@ -167,9 +175,12 @@ def new_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[Pat
         OSError: naming the folder, for example if the disk is full.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}-{next(_NUMBERS)}.partial")
     try:
         with name_full_disk(path.parent):
+            for left in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+                if time.time() - left.stat().st_mtime > _ABANDONED:
+                    left.unlink(missing_ok=True)
             yield partial
             if sync:
                 with open(partial, "rb+") as file:
@@ -276,6 +287,9 @@ def check_output_folder(folder: str | os.PathLike[str], *, overwrite: bool, mark
 def new_folder(folder: str | os.PathLike[str], *, overwrite: bool, marker: str) -> Iterator[Path]:
     """Gives a temporary folder to write to; it takes the place of `folder` when the block ends without an error.
 
+    One process at a time writes to a folder: the lock lies beside it, as the folder is replaced as a whole. What a
+    process that was killed has left is put right first.
+
     Args:
         folder: The place. It may be missing or an empty folder; its parents are made.
         overwrite: Replace a folder that is not empty, all files in it, provided it holds `marker`.
@@ -286,15 +300,22 @@ def new_folder(folder: str | os.PathLike[str], *, overwrite: bool, marker: str) 
 
     Raises:
         ValueError: See `check_output_folder`.
-        OSError: naming the folder, for example if the disk is full.
+        OSError: naming the folder, for example if the disk is full, or another run writes there.
     """
-    check_output_folder(folder, overwrite=overwrite, marker=marker)
     folder = Path(folder).absolute()
+    with only_run(folder, folder.with_name(f".{folder.name}.lock")):
+        _clear_remains(folder)
+        with _replaced(folder, overwrite, marker) as partial:
+            yield partial
+
+
+@contextmanager
+def _replaced(folder: Path, overwrite: bool, marker: str) -> Iterator[Path]:
+    check_output_folder(folder, overwrite=overwrite, marker=marker)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     replaced = folder.with_name(f".{folder.name}.replaced-{os.getpid()}")
     try:
         with name_full_disk(folder.parent):
-            folder.parent.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
             yield partial
             check_output_folder(folder, overwrite=overwrite, marker=marker)  # someone may have written meanwhile
@@ -309,9 +330,8 @@ def new_folder(folder: str | os.PathLike[str], *, overwrite: bool, marker: str) 
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def clear_remains(folder: str | os.PathLike[str]) -> None:
-    """Finishes or removes what `new_folder` left when its process was killed; only while no other run writes there."""
-    folder = Path(folder).absolute()
+def _clear_remains(folder: Path) -> None:
+    """Finishes or removes what `new_folder` left when its process was killed."""
     for kept in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.replaced-*")):
         if folder.exists():
             shutil.rmtree(kept)

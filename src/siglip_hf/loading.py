@@ -69,7 +69,7 @@ def load_model(name: str | os.PathLike[str], *, dtype: str | torch.dtype = "auto
         raise ValueError(f"cannot load {name!r}: it is a {type(model).__name__}, not a SigLIP model with both towers.")
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"cannot load {name!r}: its files lack {len(missing)} weights, {missing[0]} among them.")
-    _check_weights(name, model)
+    check_weights(name, model)
     return model.eval()
 
 
@@ -88,7 +88,7 @@ def load_processor(name: str | os.PathLike[str], model: Any, *, fast_pictures: b
         processor.image_processor = from_checkpoint(AutoImageProcessor, name, backend="torchvision")
     try:
         processor.check_fits(model)
-        _check_pixel_scaling(processor.image_processor)
+        check_pixel_scaling(processor.image_processor)
     except ValueError as error:
         raise ValueError(f"cannot load {name!r}: {error}") from error
     return processor
@@ -119,10 +119,10 @@ def load_image_classifier(name: str | os.PathLike[str]) -> tuple[Any, Any]:
         raise ValueError(
             f"cannot load {name!r} as a classifier: its files lack {missing[0]}; make one with `siglip-hf learn`."
         )
-    _check_weights(name, model)
+    check_weights(name, model)
     processor = from_checkpoint(AutoImageProcessor, name)
     try:
-        _check_pixel_scaling(processor)
+        check_pixel_scaling(processor)
     except ValueError as error:
         raise ValueError(f"cannot load {name!r}: {error}") from error
     return model.eval(), processor
@@ -150,6 +150,26 @@ def from_checkpoint(auto_class: Any, name: str | os.PathLike[str], **kwargs: Any
         if isinstance(error, OSError) and not is_folder:
             raise ValueError(_not_fetched(name, error)) from error
         raise ValueError(f"cannot load {name!r}: {_reason(error)}") from error
+
+
+def check_weights(name: str, model: Any) -> None:
+    """Refuses weights that are NaN or infinite.
+
+    Args:
+        name: Of the checkpoint, for the error.
+        model: Any, with its weights.
+
+    Raises:
+        ValueError: Naming the first such weight.
+    """
+    import torch
+
+    for key, value in model.named_parameters():
+        # One pass over the weights; a sum in float32 is finite if all of them are.
+        if value.is_floating_point() and value.device.type != "meta" and not value.sum(dtype=torch.float32).isfinite():
+            raise ValueError(
+                f"cannot load {name!r}: the weight {key} is not finite (NaN or infinite), so all scores would be NaN."
+            )
 
 
 def pick_device(device: str | torch.device | None) -> torch.device:
@@ -201,19 +221,12 @@ def _reason(error: Exception) -> str:
     return line if isinstance(error, (OSError, ValueError, RuntimeError)) else f"{type(error).__name__}: {line}"
 
 
-def _check_weights(name: str, model: Any) -> None:
-    import torch
+def check_pixel_scaling(image_processor: Any) -> None:
+    """Refuses settings of `preprocessor_config.json` that divide by zero or say nothing.
 
-    for key, value in model.named_parameters():
-        # One pass over the weights; a sum in float32 is finite if all of them are.
-        if value.is_floating_point() and value.device.type != "meta" and not value.sum(dtype=torch.float32).isfinite():
-            raise ValueError(
-                f"cannot load {name!r}: the weight {key} is not finite (NaN or infinite), so all scores would be NaN."
-            )
-
-
-def _check_pixel_scaling(image_processor: Any) -> None:
-    """Refuses settings of `preprocessor_config.json` that divide by zero or say nothing."""
+    Raises:
+        ValueError: Naming the first such setting.
+    """
     import numpy as np
 
     for setting, positive in (("image_mean", False), ("image_std", True), ("rescale_factor", True)):

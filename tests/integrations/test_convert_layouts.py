@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 import siglip_hf
 from siglip_hf import SiglipConfig, SiglipModel, SiglipVisionModel, convert_weights
 from siglip_hf.cli.main import main
-from siglip_hf.integrations.layouts import from_own, of_open_clip_name, recognise, rules
+from siglip_hf.integrations.layouts import HEADS, TIMM_TOWERS, from_own, of_open_clip_name, recognise, rules
 from tiny_checkpoint import write_tiny_checkpoint
 
 CHECKPOINTS = {"siglip": siglip_hf.default_checkpoint, "naflex": siglip_hf.naflex_checkpoint}
@@ -339,6 +339,101 @@ def test_what_is_no_siglip_is_refused_in_one_line(tmp_path, content, message, ca
         convert_weights(file, tmp_path / "out")
     assert main(["convert", str(file), "--out", str(tmp_path / "out")]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def places(value, path=()):
+    """Where everything in a JSON value stands."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, one in inner for place in places(one, (*path, key)))]
+
+
+def with_value(content, place, value):
+    """A copy of a JSON value with another one somewhere; the place is taken out for `...`."""
+    if not place:
+        return value
+    copy = json.loads(json.dumps(content))
+    *way, last = place
+    inner = copy
+    for key in way:
+        inner = inner[key]
+    if value is ...:
+        del inner[last]
+    else:
+        inner[last] = value
+    return copy
+
+
+@pytest.mark.parametrize("layout", ["open_clip", "timm"])
+def test_any_damage_of_a_configuration_file_is_named(model, tmp_path, monkeypatch, layout):
+    class Written(Exception):
+        pass
+
+    def written(*args, **kwargs):
+        raise Written("all is well")
+
+    monkeypatch.setattr("siglip_hf.integrations.convert.new_folder", written)
+    monkeypatch.setitem(TIMM_TOWERS, "vit_base_patch16_siglip_224", (32, 8, 32, "gelu_pytorch_tanh"))
+    monkeypatch.setitem(HEADS, 32, 2)
+    tensors = {name: value.clone() for name, value in of_layout(model, layout).items()}
+    monkeypatch.setattr("siglip_hf.integrations.convert._read", lambda file: (dict(tensors), []))
+    vision = {"input_size": [3, 32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic"}
+    config = {
+        "open_clip": open_clip_config(model),
+        "timm": {"architecture": "vit_base_patch16_siglip_224", **TIMM, "pretrained_cfg": vision},
+    }[layout]
+    name = "open_clip_config.json" if layout == "open_clip" else "config.json"
+    write(tmp_path, {"a": torch.zeros(1)}, config=config, name=name)
+    with pytest.raises(Written):
+        convert_weights(tmp_path, tmp_path / "out")
+    tried = named = 0
+    for place in places(config):
+        for value in (..., None, "x", -1, [], {}):
+            if value is ... and not place:
+                continue
+            (tmp_path / name).write_text(json.dumps(with_value(config, place, value)))
+            tried += 1
+            with pytest.raises((Written, ValueError), match=r"\w") as caught:
+                convert_weights(tmp_path, tmp_path / "out")
+            named += caught.type is not Written
+    assert named > tried // 3
+    for text in ("", "{", "[" * 100_000, "\ud800"):
+        (tmp_path / name).write_text(text, errors="surrogatepass")
+        with pytest.raises(ValueError, match=name):
+            convert_weights(tmp_path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("layout", ["open_clip", "timm", "transformers"])
+def test_any_tensor_that_is_missing_or_of_another_shape_is_named(model, tmp_path, monkeypatch, layout):
+    whole = {name: value.clone() for name, value in of_layout(model, layout).items()}
+    found = {}
+    monkeypatch.setattr("siglip_hf.integrations.convert._read", lambda file: (dict(found), []))
+    write(tmp_path, {"a": torch.zeros(1)})
+    if layout == "open_clip":  # as it is without a bias
+        whole["text.text_projection"] = torch.zeros(32, 32)
+    for name, value in whole.items():
+        for changed in (None, torch.zeros(()), torch.zeros(0), torch.zeros(3), torch.zeros(2, 2), value.unsqueeze(-1)):
+            found.clear()
+            found.update({**whole, name: changed} if changed is not None else {**whole})
+            if changed is None:
+                del found[name]
+            with pytest.raises(ValueError, match=r"\w"):
+                convert_weights(tmp_path, tmp_path / "out")
+
+
+def test_weights_that_are_not_finite_are_refused(model, tmp_path):
+    folder = timm_folder(tmp_path / "in", model)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["norm.bias"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(ValueError, match=r"the weight post_layernorm\.bias is not finite"):
+        convert_weights(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_are_no_text_are_refused(tmp_path):
+    torch.save({1: torch.zeros(2)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match="holds no SigLIP"):
+        convert_weights(tmp_path / "model.pt", tmp_path / "out")
 
 
 def test_a_pickle_that_runs_code_is_not_run(tmp_path):

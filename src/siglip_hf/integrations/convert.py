@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
-from siglip_hf.files import check_output_folder, new_file, new_folder, parse_json, write_json
+from siglip_hf.files import check_output_folder, first_line, new_file, new_folder, parse_json, read_text, write_json
 from siglip_hf.integrations.big_vision import convert_big_vision, to_big_vision
 from siglip_hf.integrations.checkpoint_files import (
     check_vocabulary,
@@ -35,7 +37,7 @@ from siglip_hf.integrations.layouts import (
     rules,
     shapes_of,
 )
-from siglip_hf.loading import from_checkpoint, load_model
+from siglip_hf.loading import check_pixel_scaling, check_weights, from_checkpoint, load_model
 from siglip_hf.models.configuration_siglip import PRESETS, SiglipConfig, SiglipVisionConfig
 from siglip_hf.models.configuration_siglip2 import NAFLEX_PRESETS, Siglip2Config, Siglip2VisionConfig
 from siglip_hf.models.modeling_siglip import SiglipModel, SiglipVisionModel
@@ -130,27 +132,19 @@ def convert_weights(
             f"{file} holds no SigLIP of open_clip, timm or transformers; its first tensors are "
             f"{', '.join(list(tensors)[:5])}"
         )
-    if (projection := tensors.pop("text.text_projection", None)) is not None:  # open_clip's form without a bias
-        notes.append("its text projection has no bias: zeros are written")
-        tensors["text.text_projection.weight"] = projection.T.contiguous()
-        tensors["text.text_projection.bias"] = projection.new_zeros(projection.shape[1])
-    config, described = _configuration(tensors, layout, file, preset, notes)
-    joint = hasattr(config, "text_config")
-    vocabulary = _vocabulary(file.parent, tokenizer) if joint else None
-    if vocabulary is not None:
-        check_vocabulary(vocabulary, config)
-    naflex = config.model_type.startswith("siglip2")
-    kind: Any = (
-        (Siglip2Model if naflex else SiglipModel) if joint else (Siglip2VisionModel if naflex else SiglipVisionModel)
-    )
-    register()
-    with torch.device("meta"):
-        model = kind(config)
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-    state = into_own(tensors, rules(layout, config), shapes, str(file))
-    chosen = checked_dtype(dtype) if dtype is not None else _common_dtype(state)
-    model.load_state_dict({name: value.to(chosen) for name, value in state.items()}, assign=True)
-    model.config.dtype = chosen
+    with _one_sentence(file):
+        if (projection := tensors.pop("text.text_projection", None)) is not None:  # open_clip's form without a bias
+            notes.append("its text projection has no bias: zeros are written")
+            tensors["text.text_projection.weight"] = projection.T.contiguous()
+            tensors["text.text_projection.bias"] = projection.new_zeros(projection.shape[1])
+        config, described = _configuration(tensors, layout, file, preset, notes)
+        joint = hasattr(config, "text_config")
+        vocabulary = _vocabulary(file.parent, tokenizer) if joint else None
+        if vocabulary is not None:
+            check_vocabulary(vocabulary, config)
+        check_pixel_scaling(SimpleNamespace(**described.pictures))
+        model = _model(tensors, layout, config, file, dtype)
+    check_weights(str(file), model)
     with new_folder(out, overwrite=overwrite, marker="config.json") as folder:
         model.save_pretrained(folder)
         write_image_processor(folder, config, **described.pictures)
@@ -162,7 +156,42 @@ def convert_weights(
     if joint:
         text = "no tokenizer: give its SentencePiece file as tokenizer (--tokenizer)"
         notes.append(f"tokenizer: {vocabulary.name}" if vocabulary is not None else text)
-    return ConvertedWeights(out, layout, sum(value.numel() for value in state.values()), notes)
+    return ConvertedWeights(out, layout, sum(value.numel() for value in model.state_dict().values()), notes)
+
+
+def _model(
+    tensors: dict[str, torch.Tensor], layout: str, config: Any, file: Path, dtype: torch.dtype | str | None
+) -> Any:
+    """The model of a configuration, with another layout's tensors."""
+    naflex = config.model_type.startswith("siglip2")
+    kind: Any = SiglipVisionModel, Siglip2VisionModel
+    if hasattr(config, "text_config"):
+        kind = SiglipModel, Siglip2Model
+    register()
+    with torch.device("meta"):
+        model = kind[naflex](config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    state = into_own(tensors, rules(layout, config), shapes, str(file))
+    chosen = checked_dtype(dtype) if dtype is not None else _common_dtype(state)
+    model.load_state_dict({name: value.to(chosen) for name, value in state.items()}, assign=True)
+    model.config.dtype = chosen
+    return model
+
+
+@contextlib.contextmanager
+def _one_sentence(file: Path) -> Iterator[None]:
+    """What a damaged file happens to hit becomes an error that names it.
+
+    Raises:
+        ValueError: in place of KeyError, TypeError, ...
+    """
+    try:
+        yield
+    except (OSError, ValueError):
+        raise
+    except Exception as error:
+        beside = f"{file}, or the configuration beside it, is damaged"
+        raise ValueError(f"{beside}: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _gelu(act: str) -> str:
@@ -208,7 +237,9 @@ def _read(file: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
         content = content[inner]
     if not isinstance(content, Mapping):
         raise ValueError(f"{file} holds a {type(content).__name__}, not tensors by their names")
-    tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+    tensors = {
+        name: value for name, value in content.items() if isinstance(name, str) and isinstance(value, torch.Tensor)
+    }
     prefix = next((one for one in _AVERAGED_PREFIXES if any(name.startswith(one) for name in tensors)), None)
     if prefix is not None:
         notes.append(f"the averaged weights ({prefix}*) are taken")
@@ -257,7 +288,7 @@ def _configuration(
     tensors: dict[str, torch.Tensor], layout: str, file: Path, preset: str | None, notes: list[str]
 ) -> tuple[Any, Described]:
     beside = {name: file.parent / name for name in ("open_clip_config.json", "config.json")}
-    read = {name: parse_json(path.read_bytes()) for name, path in beside.items() if path.is_file()}
+    read = {name: _read_object(path) for name, path in beside.items() if path.is_file()}
     told: Described | None = None
     if preset is not None:
         told = _of_preset(preset)
@@ -283,6 +314,16 @@ def _configuration(
         config = (Siglip2VisionConfig if naflex else SiglipVisionConfig)(**found.vision)
     notes.append(f"configuration from {found.source}")
     return config, found
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        content = parse_json(read_text(path))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it does not hold an object")
+    return content
 
 
 def _of_preset(name: str) -> Described:

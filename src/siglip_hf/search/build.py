@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from siglip_hf.files import check_output_folder, clear_remains, new_folder, only_run, write_sealed_json
+from siglip_hf.files import check_output_folder, new_folder, write_sealed_json
 from siglip_hf.search import kinds as faiss_kinds
 from siglip_hf.search.backend import Origin, check_same_origin
 from siglip_hf.search.index import (
@@ -120,58 +120,55 @@ def build_index(
     """
     out = Path(out)
     memory = default_memory() if memory is None else memory
-    # The lock lies beside the folder, which is replaced as a whole.
-    with only_run(out, out.absolute().with_name(f".{out.absolute().name}.lock")):
-        clear_remains(out)
-        check_can_write(out, overwrite=overwrite, update=update)
+    check_can_write(out, overwrite=overwrite, update=update)
+    with new_folder(out, overwrite=overwrite or update, marker=INDEX) as folder:
         old = IndexFolder(out) if update and is_index(out) else None
         if old is not None:
             check_same_origin(old.origin, origin, f"the index {out}", "the embeddings")
-        with new_folder(out, overwrite=overwrite or update, marker=INDEX) as folder:
-            on_progress("reading the embeddings")
-            table, skipped = _write_vectors(folder, origin, blocks, old)
-            keys = table["key"].to_numpy()
-            forced = kind or (old.manifest["forced"] if old is not None else None)
-            choice = faiss_kinds.choose_kind(len(keys), origin.dimension, memory, forced)
-            known = keys >= 0
-            report = IndexReport(choice.kind, choice.reason, "built", len(keys), len(keys), 0, skipped)
-            trained = len(keys)
-            if old is not None:
-                report.added, report.removed = int((~known).sum()), len(old) - int(known.sum())
-                why = _why_rebuild(old, choice.kind, len(keys), report)
-                report.action = "rebuilt" if why else "updated"
-                report.notes += [why] if why else []
-                trained = len(keys) if why else old.manifest["trained"]
-            if old is not None and report.action == "updated":
-                on_progress("updating")
-                keys = _number_new(keys, old)
-                index = _update(folder, old, keys, known, report)
-            else:
-                on_progress(f"building ({choice.kind})")
-                keys = np.arange(len(keys))
-                index = _build(folder, choice.kind, origin.dimension, len(keys))
-            _write_rows(folder, table, keys)
-            _write_index(folder, index)
-            report.bytes = (folder / INDEX).stat().st_size
-            manifest = {
-                "format": FORMAT,
-                "version": VERSION,
-                "kind": choice.kind,
-                "forced": forced,
-                "reason": choice.reason,
-                "count": len(keys),
-                "trained": trained,
-                "origin": asdict(origin),
-                "effort": None,
-                "skipped": skipped,
-                "files": {name: file_entry(folder / name) for name in (INDEX, ROWS, VECTORS)},
-            }
-            _write_manifest(folder, manifest)
-            del index  # the folder is read as a user will
-            on_progress("measuring recall")
-            _tune(IndexFolder(folder, verify=False), None if choice.kind == "flat" else make_queries(), report)
-            tuned = {"effort": report.effort, "recall_at_10": report.recall}
-            _write_manifest(folder, manifest | tuned | {"recall_at_10_queries": report.recall_queries})
+        on_progress("reading the embeddings")
+        table, skipped = _write_vectors(folder, origin, blocks, old)
+        keys = table["key"].to_numpy()
+        forced = kind or (old.manifest["forced"] if old is not None else None)
+        choice = faiss_kinds.choose_kind(len(keys), origin.dimension, memory, forced)
+        known = keys >= 0
+        report = IndexReport(choice.kind, choice.reason, "built", len(keys), len(keys), 0, skipped)
+        trained = len(keys)
+        if old is not None:
+            report.added, report.removed = int((~known).sum()), len(old) - int(known.sum())
+            why = _why_rebuild(old, choice.kind, len(keys), report)
+            report.action = "rebuilt" if why else "updated"
+            report.notes += [why] if why else []
+            trained = len(keys) if why else old.manifest["trained"]
+        if old is not None and report.action == "updated":
+            on_progress("updating")
+            keys = _number_new(keys, old)
+            index = _update(folder, old, keys, known, report)
+        else:
+            on_progress(f"building ({choice.kind})")
+            keys = np.arange(len(keys))
+            index = _build(folder, choice.kind, origin.dimension, len(keys))
+        _write_rows(folder, table, keys)
+        _write_index(folder, index)
+        report.bytes = (folder / INDEX).stat().st_size
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": choice.kind,
+            "forced": forced,
+            "reason": choice.reason,
+            "count": len(keys),
+            "trained": trained,
+            "origin": asdict(origin),
+            "effort": None,
+            "skipped": skipped,
+            "files": {name: file_entry(folder / name) for name in (INDEX, ROWS, VECTORS)},
+        }
+        _write_manifest(folder, manifest)
+        del index  # the folder is read as a user will
+        on_progress("measuring recall")
+        _tune(IndexFolder(folder, verify=False), None if choice.kind == "flat" else make_queries(), report)
+        tuned = {"effort": report.effort, "recall_at_10": report.recall}
+        _write_manifest(folder, manifest | tuned | {"recall_at_10_queries": report.recall_queries})
     return report
 
 
