@@ -23,6 +23,8 @@ from siglip_hf.cli.common import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
     from siglip_hf.evaluation import Evaluation, RetrievalRecall, ZeroShotAccuracy
@@ -35,7 +37,10 @@ _MOST_LINES = 20
 def evaluate(
     data: Annotated[
         list[str],
-        typer.Argument(metavar="DATA", help="A folder of class folders, a table, tar shards, a saved dataset."),
+        typer.Argument(
+            metavar="DATA",
+            help="A folder of class folders, a table, tar shards, a saved dataset, or a folder of CLIP_benchmark's.",
+        ),
     ],
     model: Model = None,
     task: Annotated[
@@ -59,7 +64,10 @@ def evaluate(
     image_column: Annotated[str | None, typer.Option(help="Column with the pictures.")] = None,
     caption_column: Annotated[str | None, typer.Option(help="Column with the captions.")] = None,
     label_column: Annotated[str | None, typer.Option(help="Column with the class.")] = None,
-    split: Annotated[str, typer.Option(help="Split of a saved dataset that has several.")] = "train",
+    split: Annotated[
+        str | None,
+        typer.Option(help="Split of a saved dataset (train by default), or of CLIP_benchmark's folder (test)."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures or captions in one forward.")] = 64,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Threads that read pictures; one per core by default.")
@@ -74,8 +82,9 @@ def evaluate(
     """Measure zero-shot accuracy on labelled pictures, and retrieval recall on captioned ones."""
     from siglip_hf.data.embedder import SiglipEmbedder
     from siglip_hf.data.sources import open_source
+    from siglip_hf.evaluation import as_clip_benchmark, open_benchmark, with_truth
     from siglip_hf.evaluation import evaluate as measure
-    from siglip_hf.evaluation import with_truth
+    from siglip_hf.evaluation.clip_benchmark import is_benchmark
     from siglip_hf.evaluation.confusion_picture import check_picture_file, draw_confusion
     from siglip_hf.inference.classify import read_labels_file, read_truth_file
     from siglip_hf.inference.label_bank import parse_templates
@@ -83,17 +92,26 @@ def evaluate(
 
     if templates and template:
         raise ValueError("--templates and --template are both given; pass one of them.")
-    prompts = parse_templates(template) if template else template_set(templates or "default")
-    labels = read_labels_file(labels_file) if labels_file else None
+    labels: Sequence[str] | None = read_labels_file(labels_file) if labels_file else None
     if confusion is not None:
         check_picture_file(confusion)
-    source = open_source(
-        data if len(data) > 1 else data[0],
-        image_column=image_column,
-        caption_column=caption_column,
-        label_column=label_column,
-        split=split,
-    )
+    # What belongs to a benchmark is taken where nothing else is asked for.
+    benchmark = open_benchmark(data[0], split or "test") if len(data) == 1 and is_benchmark(data[0]) else None
+    if benchmark is not None:
+        if column := image_column or caption_column or label_column:
+            raise ValueError(f"{data[0]} is a folder of CLIP_benchmark's and has no columns; leave {column!r} out.")
+        source, labels = benchmark.source, labels or benchmark.labels
+        task = benchmark.task if task == "auto" else task
+        template = template or (list(benchmark.templates) if benchmark.templates and not templates else None)
+    else:
+        source = open_source(
+            data if len(data) > 1 else data[0],
+            image_column=image_column,
+            caption_column=caption_column,
+            label_column=label_column,
+            split=split or "train",
+        )
+    prompts = parse_templates(template) if template else template_set(templates or "default")
     if confusion is not None:
         refuse_source(confusion, [record.path for record in source if record.path is not None], "--confusion")
     if truth is not None:
@@ -109,12 +127,14 @@ def evaluate(
             task=task,
             templates=prompts,
             labels=labels,
+            numbered=benchmark is not None and truth is None,
             label_bank=label_bank,
             on_progress=lambda what, done, total: progress.update(bar, description=what, completed=done, total=total),
         )
 
     if as_json:
-        print_json({"source": source.name, "model": embedder.name, **found.as_dict()})
+        numbers = {} if benchmark is None else {"clip_benchmark": as_clip_benchmark(found)}
+        print_json({"source": source.name, "model": embedder.name, **numbers, **found.as_dict()})
     else:
         _print_tables(found, prompts)
     if confusion is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -73,6 +74,7 @@ def evaluate(
     task: str = "auto",
     templates: Sequence[str] = (DEFAULT_TEMPLATE,),
     labels: Sequence[str] | None = None,
+    numbered: bool = False,
     ks: Sequence[int] = (1, 5, 10),
     label_bank: str | os.PathLike[str] | None = None,
     on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
@@ -87,6 +89,7 @@ def evaluate(
         task: "classify" (labels), "retrieve" (captions), or "auto": whatever the source has.
         templates: texts with `{}` for the label, averaged.
         labels: the candidates. By default the labels of the source, underscores read as spaces. See `name_classes`.
+        numbered: the source has the numbers of `labels`, counted from 0.
         ks: the k of recall at k.
         label_bank: a folder in which the embeddings of labels are kept, for later runs.
         on_progress: called with what is being embedded, how many are done, and how many there are.
@@ -102,16 +105,17 @@ def evaluate(
     classes: torch.Tensor | None = None
     number_of: dict[str, int] = {}
     if "classify" in tasks:
-        names, number_of = name_classes(used.classes(), labels)
+        names, number_of = name_classes(used.classes(), labels, numbered)
         if len(names) < 2:
             raise ValueError(f"{source.name} has one class only, {names[0]!r}; give more candidates as labels.")
         classes = _embed_labels(embedder, names, templates, label_bank, on_progress)
 
-    # What a picture is compared with, by the number of the picture; each pair once.
+    # What a picture is compared with, by the number of the picture; each pair once, however many rows have it. A text
+    # that one row has twice counts twice, as in the published benchmarks.
     pictures: dict[Any, int] = {}
     records: list[Record] = []
     of_class: dict[tuple[int, int], None] = {}
-    of_caption: dict[tuple[int, str], None] = {}
+    of_caption: dict[tuple[int, str, int], None] = {}
     for record in used:
         number = pictures.setdefault(record.image, len(pictures))
         if number == len(records):
@@ -119,14 +123,17 @@ def evaluate(
         if classes is not None and record.label:
             of_class[number, number_of[record.label]] = None
         if "retrieve" in tasks:
-            of_caption.update(((number, caption), None) for caption in record.captions)
+            nth: Counter[str] = Counter()
+            for caption in record.captions:
+                of_caption[number, caption, nth[caption]] = None
+                nth[caption] += 1
 
     images, rows, skipped = _embed_pictures(embedder, records, on_progress)
     zero_shot = retrieval = None
     if classes is not None and (pairs := [(rows[i], c) for i, c in of_class if i in rows]):
         which, truth = (list(column) for column in zip(*pairs, strict=True))
         zero_shot = zero_shot_accuracy(images[which], classes, truth, names)
-    if captioned := [(rows[i], caption) for i, caption in of_caption if i in rows]:
+    if captioned := [(rows[i], caption) for i, caption, _ in of_caption if i in rows]:
         texts = _embed_captions(embedder, [caption for _, caption in captioned], on_progress)
         # Only pictures of a caption are searched: others may be there for their label alone.
         place = {row: number for number, row in enumerate(dict.fromkeys(row for row, _ in captioned))}

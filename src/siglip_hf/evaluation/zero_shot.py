@@ -138,7 +138,9 @@ def zero_shot_accuracy(
     return ZeroShotAccuracy(tuple(labels), right, torch.cat(best))
 
 
-def name_classes(found: Sequence[str], given: Sequence[str] | None = None) -> tuple[Sequence[str], dict[str, int]]:
+def name_classes(
+    found: Sequence[str], given: Sequence[str] | None = None, numbered: bool = False
+) -> tuple[Sequence[str], dict[str, int]]:
     """Names of the classes that pictures are compared with, and the number among them of each label that was found.
 
     Without `given`, a label is its own name with underscores read as spaces. With it, these are the candidates, and a
@@ -148,6 +150,7 @@ def name_classes(found: Sequence[str], given: Sequence[str] | None = None) -> tu
     Args:
         found: labels of the source.
         given: candidates, in their order.
+        numbered: labels are numbers that count the candidates, even where a candidate is called like one of them.
 
     Returns:
         C names, and for each label its number among them.
@@ -165,12 +168,12 @@ def name_classes(found: Sequence[str], given: Sequence[str] | None = None) -> tu
             )
         given = list(dict.fromkeys(readable.values()))
     place = {name.casefold(): number for number, name in reversed(list(enumerate(given)))}
-    missing = [label for label in found if readable[label].casefold() not in place]
+    missing = [label for label in found if numbered or readable[label].casefold() not in place]
     if not missing:
         return given, {label: place[readable[label].casefold()] for label in found}
     if numeric and max(map(int, found)) < len(given):
         return given, {label: int(label) for label in found}
-    if len(missing) == len(found) == len(given) and not numeric:
+    if len(missing) == len(found) == len(given) and not numeric and not numbered:
         return given, {label: number for number, label in enumerate(sorted(found))}
     raise ValueError(
         f"{len(missing)} of {len(found)} classes are not among the {len(given)} labels given, such as "
