@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def mteb_model(model: str | os.PathLike[str] | None = None, *, device: str | None = None) -> EncoderProtocol:
     """A checkpoint for `mteb.evaluate(mteb_model(FOLDER), mteb.get_tasks([...]))`.
 
-    It is mteb's own wrapper of SigLIP, so that the numbers are those that mteb finds for the published checkpoints. mteb
-    alone takes names of the hub that it knows. It keeps results under a model's name and revision; the revision here is
-    the SHA-256 of the weights, so that a folder that was trained further is measured anew.
+    It is mteb's own wrapper of SigLIP, which alone takes only names that mteb knows; the numbers are comparable with
+    those that mteb has for published checkpoints. mteb keeps results under a model's name and revision; the revision
+    here is the SHA-256 of the weights, so that a folder that was trained further is measured anew.
 
     Args:
         model: folder or name of a SigLIP or SigLIP 2 checkpoint, NaFlex included; the embedded one by default.
