@@ -45,8 +45,15 @@ class _TorchvisionStandIn:
 
 
 def import_peer(name: str) -> Any:
-    """open_clip or timm, with a stand-in for torchvision where that is not installed; None without the peer."""
-    if importlib.util.find_spec(name) is None:
+    """open_clip, timm or a module of another peer, with a stand-in for torchvision where that is not installed.
+
+    Args:
+        name: dotted name of the module.
+
+    Returns:
+        The module; None without the peer.
+    """
+    if importlib.util.find_spec(name.partition(".")[0]) is None:
         return None
     if importlib.util.find_spec("torchvision") is not None:
         return importlib.import_module(name)
