@@ -1,4 +1,4 @@
-"""Stops `siglip-hf embed`, `index` and `train` at random moments, runs them again, and compares the results.
+"""Stops `siglip-hf embed`, `index`, `train`, `learn` and `convert` at random moments, runs them again, and compares the results.
 
 Each run is a fresh process, ended by SIGKILL, SIGTERM or SIGINT; the last must be answered in one line. After every
 stop of `embed` the rows on disk are counted: none may be lost, and the next run must do exactly those that are missing.
@@ -30,6 +30,13 @@ from PIL import Image
 import siglip_hf
 
 BATCH_SIZE, PART_ROWS = 4, 24  # small, so that there are many moments to be killed at
+_MODULES = {
+    "embed": ["data.embedder"],
+    "index": ["search.sources_to_index"],
+    "train": ["training.run", "training.trainer"],
+    "learn": ["training.learn"],
+    "convert": ["integrations.convert"],
+}
 _SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 _SECONDS = 120  # to end after a signal; more is a hang
 
@@ -84,6 +91,22 @@ def check_train(folder: Path, photos: Path, kills: int, seed: int = 0, model: st
     return _kill_and_compare(folder / "trained", line, kills, seed, lambda out: 0)
 
 
+def check_learn(folder: Path, photos: Path, kills: int, seed: int = 0, model: str | None = None) -> Counter[str]:
+    """Kills learning, the embedding of its pictures included; see `_kill_and_compare`."""
+    classes = folder / "classes"
+    for number, file in enumerate(sorted(photos.iterdir())[:40]):
+        (classes / f"c{number % 2}").mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, classes / f"c{number % 2}")
+    line = ["learn", classes, "--model", model or siglip_hf.default_checkpoint(), "--overwrite", "--device", "cpu"]
+    return _kill_and_compare(folder / "head", line, kills, seed, lambda out: 0)
+
+
+def check_convert(folder: Path, photos: Path, kills: int, seed: int = 0, model: str | None = None) -> Counter[str]:
+    """Kills a conversion that replaces an earlier one; see `_kill_and_compare`."""
+    line = ["convert", model or siglip_hf.default_checkpoint(), "--to", "timm", "--overwrite"]
+    return _kill_and_compare(folder / "timm", line, kills, seed, lambda out: 0)
+
+
 def write_pictures(folder: Path, count: int, seed: int = 0) -> Path:
     """Small JPEG files of coloured noise, one in twenty of them cut off."""
     folder.mkdir(parents=True)
@@ -130,7 +153,8 @@ def _kill_and_compare(
 
     result: Counter[str] = Counter()
     while result["kills"] < kills:
-        shutil.rmtree(out, ignore_errors=True)
+        for made in (out, out.with_name(f"{out.name}.emb")):
+            shutil.rmtree(made, ignore_errors=True)
         result["jobs"] += 1
         present = 0
         while True:
@@ -164,6 +188,8 @@ def _kill_and_compare(
         if kept := re.search(r"(\d+) kept", words):
             assert int(kept[1]) == present, f"{present} rows were there, and {kept[1]} were kept"
         assert _digests(out) == unbroken, f"not the result of the unbroken run: {_differences(out, whole)}"
+        left = [path.name for path in out.parent.glob(f".{out.name}.*") if path.is_dir()]
+        assert not left, f"left beside it: {left}"
     return result
 
 
@@ -172,9 +198,7 @@ def _run(is_ready: Any, line: list[str], said: str) -> None:
     from siglip_hf.cli.main import main as command_line
     from siglip_hf.data import store
 
-    for name in {"train": ["training.run", "training.trainer"], "index": ["search.sources_to_index"]}.get(
-        line[0], ["data.embedder"]
-    ):
+    for name in _MODULES[line[0]]:
         importlib.import_module(f"siglip_hf.{name}")
     store.PART_ROWS = PART_ROWS
     output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -222,7 +246,13 @@ def _count_rows(folder: Path) -> int:
     return len(ids)
 
 
-CHECKS = {"embed": check_embed, "index": check_index, "train": check_train}
+CHECKS = {
+    "embed": check_embed,
+    "index": check_index,
+    "train": check_train,
+    "learn": check_learn,
+    "convert": check_convert,
+}
 
 if __name__ == "__main__":
     main()

@@ -114,6 +114,19 @@ def test_datasets_in_memory_and_on_disk(tmp_path):
         open_source(tmp_path / "d", split="dev")
 
 
+@pytest.mark.parametrize(
+    ("file", "text"), [("state.json", "{}"), ("dataset_info.json", "[]"), ("state.json", "[" * 9999)]
+)
+def test_a_damaged_dataset_is_named(tmp_path, file, text):
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(str(tmp_path / "d"))
+    (tmp_path / "d" / file).write_text(text)
+    with pytest.raises(ValueError, match=r"d cannot be read: \w+"):
+        open_source(str(tmp_path / "d"))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError, match=r"a\.parquet cannot be read: \w+"):
+        open_source(str(tmp_path / "a.parquet"))
+
+
 def test_tar_shards(tmp_path):
     def shard(name: str, members: dict[str, bytes]) -> None:
         with tarfile.open(tmp_path / name, "w") as archive:

@@ -118,6 +118,52 @@ def test_a_damaged_row_is_missing_and_a_damaged_file_begun_anew(tmp_path):
     assert store.get(["b"])["b"].tolist() == [1, 1, 1, 1]
 
 
+def test_cells_of_another_type_are_missing(tmp_path):
+    store = LabelStore(tmp_path)
+    store.put({name: np.ones(4) for name in "abc"})
+    with sqlite3.connect(tmp_path / "labels.sqlite") as database:
+        database.execute("UPDATE rows SET row = NULL, used = NULL WHERE key = 'a'")
+        database.execute("UPDATE rows SET row = 'text' WHERE key = 'b'")
+        database.execute("UPDATE rows SET used = NULL WHERE key = 'c'")
+    assert list(store.get(["a", "b", "c"])) == ["c"]
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:-400])
+
+
+def rename_a_column(file):
+    with sqlite3.connect(file) as database:
+        database.execute("ALTER TABLE rows RENAME COLUMN row TO column")
+
+
+@pytest.mark.parametrize("damage", [cut, rename_a_column])
+def test_after_damage_rows_are_missing_never_wrong_and_soon_kept_again(tmp_path, damage):
+    store, rows = LabelStore(tmp_path), {f"{number}": np.full(64, number) for number in range(100)}
+    store.put(rows)
+    damage(tmp_path / "labels.sqlite")
+    for _ in range(3):  # damage may show when rows are written
+        found = store.get(list(rows))
+        assert all(np.array_equal(found[key], rows[key]) for key in found)
+        store.put({key: row for key, row in rows.items() if key not in found})
+    assert len(store.get(list(rows))) == len(rows)
+
+
+@pytest.mark.parametrize("reason", ["database is locked", "attempt to write a readonly database"])
+def test_a_bank_that_cannot_be_used_now_is_not_thrown_away(tmp_path, monkeypatch, reason):
+    store = LabelStore(tmp_path)
+    store.put({"a": np.ones(4)})
+    connect, errors = sqlite3.connect, [sqlite3.DatabaseError("malformed"), sqlite3.OperationalError(reason)]
+
+    def fail(*arguments, **options):
+        if errors:
+            raise errors.pop(0)
+        return connect(*arguments, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", fail)
+    assert list(store.get(["a"])) == ["a"]
+
+
 def test_the_file_is_bounded_and_the_oldest_go_first(tmp_path, monkeypatch):
     store = LabelStore(tmp_path, max_bytes=100_000)
     for number in range(30):

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from siglip_hf.extras import missing
-from siglip_hf.files import MOST_BYTES, parse_json, read_text, text_lines
+from siglip_hf.files import MOST_BYTES, first_line, parse_json, read_text, text_lines
 from siglip_hf.preprocessing.image_intake import PICTURE_SUFFIXES, load_picture
 
 if TYPE_CHECKING:
@@ -353,8 +353,7 @@ def _label(value: Any) -> str | None:
 
 def _from_folder(folder: Path, columns: _Columns, split: str) -> Source:
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-        datasets = _import_datasets()
-        return _from_dataset(datasets.load_from_disk(str(folder)), columns, split, str(folder))
+        return _from_dataset(_opened(_import_datasets().load_from_disk, folder), columns, split, str(folder))
     for metadata in _METADATA_FILES:
         if (folder / metadata).is_file():
             return _from_table(folder / metadata, columns)
@@ -380,8 +379,8 @@ def _from_folder(folder: Path, columns: _Columns, split: str) -> Source:
 
 def _from_table(path: Path, columns: _Columns) -> Source:
     if path.suffix.lower() == ".parquet":
-        datasets = _import_datasets()
-        return _from_dataset(datasets.Dataset.from_parquet(str(path)), columns, "train", str(path), path.parent)
+        data = _opened(_import_datasets().Dataset.from_parquet, path)
+        return _from_dataset(data, columns, "train", str(path), path.parent)
     rows = list(_rows(path))
     present = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
     if not rows:
@@ -466,6 +465,18 @@ def _import_datasets() -> Any:
     except ImportError as error:
         raise missing("reading this needs `datasets`", "search") from error
     return datasets
+
+
+def _opened(read: Callable[[str], Any], place: Path) -> Any:
+    """What `datasets` reads from a place.
+
+    Raises:
+        ValueError: naming it, if it is damaged.
+    """
+    try:
+        return read(str(place))
+    except Exception as error:  # KeyError, TypeError, ...: what the damage happens to hit
+        raise ValueError(f"{place} cannot be read: {type(error).__name__}: {first_line(error)}") from error
 
 
 def _from_dataset(data: Any, columns: _Columns, split: str, name: str, folder: Path | None = None) -> Source:

@@ -87,9 +87,10 @@ class LabelStore:
                 rows = database.execute(f"SELECT key, row, checksum, used FROM rows WHERE key IN ({places})", some)
                 stale = []
                 for key, row, checksum, used in rows.fetchall():
-                    if _checksum(key, row) == checksum:
+                    # A damaged cell may be of any type.
+                    if isinstance(key, str) and isinstance(row, bytes) and _checksum(key, row) == checksum:
                         found[key] = np.frombuffer(row, np.float32)
-                        stale += [key] if used < now - _STALE else []
+                        stale += [key] if not isinstance(used, int) or used < now - _STALE else []
                 database.executemany("UPDATE rows SET used = ? WHERE key = ?", [(now, key) for key in stale])
             return found
 
@@ -118,12 +119,16 @@ class LabelStore:
             try:
                 with self._database() as database:
                     return work(database)
-            except sqlite3.OperationalError as error:  # locked for long, a full disk, no right to write
-                logger.warning(f"the label bank {self.folder} cannot be used now: {error}")
-                return None
             except sqlite3.DatabaseError as error:
+                if _is_sound(error):
+                    logger.warning(f"the label bank {self.folder} cannot be used now: {error}")
+                    return None
                 logger.warning(f"the label bank {self.folder} is damaged and started again: {error}")
+            try:
                 self._begin_anew()
+            except OSError as error:
+                logger.warning(f"the label bank {self.folder} cannot be started again: {error}")
+                return None
         return None
 
     @contextlib.contextmanager
@@ -141,11 +146,21 @@ class LabelStore:
 
     def _begin_anew(self) -> None:
         with in_turn(self.folder / ".lock"):
-            with contextlib.suppress(sqlite3.DatabaseError), self._database() as database:
-                if database.execute("PRAGMA quick_check(1)").fetchone() == ("ok",):
-                    return  # another process was faster
+            try:
+                with self._database() as database:
+                    database.execute("SELECT key, row, checksum, used FROM rows LIMIT 1")
+                    if database.execute("PRAGMA quick_check(1)").fetchone() == ("ok",):
+                        return  # another process was faster
+            except sqlite3.DatabaseError as error:
+                if _is_sound(error):
+                    return
             for end in ("", "-journal"):
                 (self.folder / (_FILE + end)).unlink(missing_ok=True)
+
+
+def _is_sound(error: sqlite3.DatabaseError) -> bool:
+    """Whether an error says nothing about the file: locked for long, a full disk, no right to write."""
+    return any(word in str(error) for word in ("locked", "full", "readonly", "unable to open"))
 
 
 def text_side_digest(model: Any, tokenizer: Any) -> str | None:

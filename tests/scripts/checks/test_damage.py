@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[3] / "scripts" / "checks"))
 import damage
 
 INPUTS = {"store": 60, "store, embedded again": 10, "index": 40, "tables": 15, "tar": 30, "pictures": 20, "hostile": 40}
-INPUTS |= {"files of options": 60}
+INPUTS |= {"files of options": 60, "label bank": 40, "HTTP requests": 30, "other layouts": 5}
 
 
 @pytest.mark.parametrize("name", INPUTS)
