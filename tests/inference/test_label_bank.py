@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -192,6 +193,7 @@ def test_labels_as_text_or_list():
     assert parse_labels("cat") == ("cat",)
     assert parse_labels(["a, b", "c"]) == ("a, b", "c")
     assert parse_labels(label for label in ("x", "y", "x")) == ("x", "y")
+    assert [type(label) for label in parse_labels(np.array(["x", "y"]))] == [str, str]
 
 
 @pytest.mark.parametrize("labels", [[], "", " , ", ["cat", ""], ["cat", "  "], ["cat", 3], [None], 5, b"cat"])

@@ -3,8 +3,10 @@
 import logging
 import math
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from siglip_hf import (
     SiglipConfig,
@@ -290,6 +292,15 @@ def test_configured_size_resizes_the_checkpoints_positions(model, image_size, tm
 
 
 # Text
+
+
+def test_texts_and_pictures_instead_of_tensors_are_named(model):
+    for texts in (["a cat"], "a cat", [[1, 2]], np.ones((1, 16), int), {"input_ids": torch.ones(1, 16, dtype=int)}):
+        with pytest.raises(ValueError, match=rf"input_ids.*\b{type(texts).__name__}\b.*processor\(text="):
+            model.encode_text(texts)
+    for pictures in ([Image.new("RGB", (32, 32))], Image.new("RGB", (32, 32)), []):
+        with pytest.raises(ValueError, match=rf"pixel_values.*\b{type(pictures).__name__}\b.*processor\(images="):
+            model.encode_image(pictures)
 
 
 def test_too_long_text_is_refused(model):

@@ -59,7 +59,7 @@ def parse_labels(candidate_labels: str | Iterable[str]) -> tuple[str, ...]:
                 f"{label!r} among the candidate_labels is not a label; each must be a string with words in it."
             )
         check_characters(label, "a label")
-    return tuple(dict.fromkeys(labels))
+    return tuple(dict.fromkeys(map(str, labels)))  # plain strings, also where an array's own kind was given
 
 
 def parse_templates(hypothesis_template: str | Iterable[str]) -> tuple[str, ...]:

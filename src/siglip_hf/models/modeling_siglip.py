@@ -35,6 +35,14 @@ def l2_normalize(embeds: torch.Tensor) -> torch.Tensor:
     return embeds / embeds.norm(p=2, dim=-1, keepdim=True)
 
 
+def _check_tensor(value: Any, name: str, source: str) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise ValueError(
+            f"{name} must be a tensor and is a {type(value).__name__}: pass "
+            f'processor({source}=..., return_tensors="pt")["{name}"], or let SiglipEmbedder do both'
+        )
+
+
 class SiglipAttentionPoolingHead(SiglipPreTrainedModel):
     """Pools image tokens into one vector: a learned probe attends to them, then an MLP (MAP head).
 
@@ -294,8 +302,9 @@ class SiglipModel(SiglipPreTrainedModel):
             (N, E), in the model's dtype, with a graph where gradients are on.
 
         Raises:
-            ValueError: If the model has no pooling head, or for a wrong picture size.
+            ValueError: If the model has no pooling head, for a wrong picture size, or for pictures that are no tensor.
         """
+        _check_tensor(pixel_values, "pixel_values", "images")
         output = self.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, return_dict=True)
         return self._embeds(output.pooler_output, normalize)
 
@@ -310,8 +319,9 @@ class SiglipModel(SiglipPreTrainedModel):
             (N, E), in the model's dtype, with a graph where gradients are on.
 
         Raises:
-            ValueError: If a text is longer than the model's positions.
+            ValueError: If a text is longer than the model's positions, or for texts that are no tensor of ids.
         """
+        _check_tensor(input_ids, "input_ids", "text")
         output = self.text_model(input_ids, last_token_only=True, return_dict=True)
         return self._embeds(output.pooler_output, normalize)
 
