@@ -84,8 +84,14 @@ def test_texts(embedder, checkpoint):
     np.testing.assert_allclose(embedder.embed_texts(texts), expected, atol=1e-5)
     np.testing.assert_allclose(embedder.embed_texts("the cat"), expected[:1], atol=1e-5)
     assert embedder.embed_texts([]).shape == (0, embedder.dimension)
-    for wrong in ([""], ["a", None], [" "]):
-        with pytest.raises(ValueError, match="is not a text"):
+    for wrong, named in (
+        ([""], r"texts\[0\]: '' of type str"),
+        (["a", None], r"texts\[1\]: None of type NoneType"),
+        (["a", "b", float("nan")], r"texts\[2\]: nan of type float"),
+        (b"a", r"texts\[0\]: b'a' of type bytes"),
+        (["a", "b\ud800"], r"cannot be texts\[1\]: the character"),
+    ):
+        with pytest.raises(ValueError, match=named):
             embedder.embed_texts(wrong)
 
 

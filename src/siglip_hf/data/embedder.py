@@ -200,11 +200,11 @@ class SiglipEmbedder:
             float32 (N, D), each row of length 1.
 
         Raises:
-            ValueError: if one is no string, or blank.
+            ValueError: if one is no string, or blank; with its place and type.
         """
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        for text in texts:
-            check_text(text)
+        texts = [texts] if isinstance(texts, (str, bytes)) else list(texts)
+        for index, text in enumerate(texts):
+            check_text(text, f"texts[{index}]: ")
         batches = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
         results = [self.encode_texts(batch) for batch in batches]
         return np.concatenate(results) if results else self.no_embeddings()
@@ -344,15 +344,20 @@ def prepare_pictures(image_processor: Any, pictures: Iterable[Image.Image]) -> d
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]} if parts else None
 
 
-def check_text(text: Any) -> None:
+def check_text(text: Any, place: str = "") -> None:
     """Refuses what cannot be embedded as a text.
+
+    Args:
+        text: the candidate.
+        place: where it stands, such as "texts[3]: ", to begin the error with.
 
     Raises:
         ValueError: if it is no string, blank, or not Unicode.
     """
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f"{text!r} is not a text; pass strings with words in them.")
-    check_characters(text, "a text")
+        kind = type(text).__name__
+        raise ValueError(f"{place}{text!r} of type {kind} is not a text; pass strings with words in them.")
+    check_characters(text, place.rstrip(": ") or "a text")
 
 
 def _as_pictures(pictures: Any) -> Iterable[Any]:
