@@ -1,6 +1,6 @@
 # Everything a newcomer needs: `make demo` and `make test` make their own environment first.
 .DEFAULT_GOAL := help
-.PHONY: help demo wheel test-wheel test test-oldest test-newest test-layouts test-pythons test-slow test-browser test-gpu test-faults lint types format bench checkpoint docs clean
+.PHONY: help demo wheel test-wheel test test-core test-oldest test-newest test-layouts test-pythons test-slow test-browser test-gpu test-faults lint types format bench checkpoint docs clean
 
 PYTHON ?= python3
 MINUTES ?= 240
@@ -44,6 +44,7 @@ test: $(DEV) ## run the tests (a few minutes on 2 cores)
 TESTS ?= tests/models tests/preprocessing tests/inference/test_pipeline_zero_shot.py tests/test_registration.py \
   tests/integrations/test_convert_big_vision.py tests/peers/test_stock_both_ways.py tests/peers/test_outputs.py \
   tests/peers/test_accelerate.py tests/peers/test_peft.py
+CORE_NEEDS := pytest pytest-xdist peft pandas
 OLDEST := transformers==5.19.0
 NEWEST := transformers tokenizers accelerate peft
 # They import torchvision, for which a stand-in serves.
@@ -53,6 +54,10 @@ PYTHONS ?= python3.11 python3.12 python3.13
 OTHER = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target
 # RECORD=--record writes the versions and what came out into docs/compatibility.md.
 RUN = OMP_NUM_THREADS=1 $(BIN)/python scripts/checks/versions.py $(RECORD) -n 2 -q -m "not gpu and not slow and not browser" $(TESTS)
+
+test-core: $(CORE) ## run the core tests alone, with little more than the package needs; PYTHON=python3.13
+	$(PIP) $(CORE_NEEDS)
+	$(RUN)
 
 test-oldest: $(DEV) ## run the core tests on the oldest transformers that we claim
 	rm -rf $(VENV)/oldest

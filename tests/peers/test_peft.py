@@ -212,20 +212,27 @@ def test_lora_on_4_bit_weights(tmp_path):
             torch.testing.assert_close(parameter.data, frozen[name].data, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("order", ["import peft, siglip_hf", "import siglip_hf, peft"])
-def test_default_targets_in_any_order_of_imports(order):
+def test_default_targets_in_any_order_of_imports():
     """The table is filled when this package is imported, or when a model is built if PEFT is imported later."""
-    code = (
-        f"{order}\n"
-        "siglip_hf.SiglipVisionModel(siglip_hf.SiglipVisionConfig("
-        "hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=4, patch_size=2))\n"
-        "from peft.utils import constants\n"
-        "table = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING\n"
-        "assert 'self_attn.q_proj' in table['siglip2'] and table['bert'] == ['query', 'value']\n"
-        "assert 'siglip2' in constants.TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING\n"
-        "from peft.tuners import tuners_utils\n"
-        "assert tuners_utils.set_additional_trainable_modules.__module__.startswith('peft.')"
-    )
+    code = """
+import os, transformers
+
+for order in ("import peft, siglip_hf", "import siglip_hf, peft"):
+    if child := os.fork():  # what takes seconds, torch and transformers, is imported once
+        assert os.waitpid(child, 0)[1] == 0, order
+        continue
+    exec(order)
+    from peft.tuners import tuners_utils
+    from peft.utils import constants
+
+    siglip_hf.SiglipVisionModel(siglip_hf.SiglipVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, image_size=4, patch_size=2))
+    table = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    assert "self_attn.q_proj" in table["siglip2"] and table["bert"] == ["query", "value"]
+    assert "siglip2" in constants.TRANSFORMERS_MODELS_TO_LOHA_TARGET_MODULES_MAPPING
+    assert tuners_utils.set_additional_trainable_modules.__module__.startswith("peft.")
+    break
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
