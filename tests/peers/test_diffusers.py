@@ -98,14 +98,15 @@ def test_loads_without_this_package(folder):
     """Stock classes, in a process that cannot import this package: the index has to name transformers."""
     path, expected = folder
     PICTURE.save(path / "picture.png")
-    kind, found = tiny.run_without_siglip_hf(
-        "import json, diffusers\n"
+    printed = tiny.run_without_siglip_hf(
+        "import json, sys, diffusers\n"
         "from PIL import Image\n"
         "pipeline = diffusers.FluxPriorReduxPipeline.from_pretrained(sys.argv[1])\n"
         "embeds = pipeline(Image.open(sys.argv[1] + '/picture.png')).prompt_embeds\n"
         "print(json.dumps([type(pipeline.image_encoder).__module__, embeds.tolist()]))",
         path,
     )
+    kind, found = json.loads(printed.splitlines()[-1])
     assert kind == "transformers.models.siglip.modeling_siglip"
     torch.testing.assert_close(torch.tensor(found), expected, rtol=0, atol=1e-5)
 

@@ -1,5 +1,7 @@
 """What we save, stock transformers loads without a missing or unexpected key, and the reverse, with equal outputs."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -100,7 +102,7 @@ def test_a_process_without_this_package(tmp_path):
     model = tiny.joint_model()
     model.save_pretrained(tmp_path / "ours", max_shard_size="100KB")
     torch.save(tiny.inputs(), tmp_path / "inputs.pt")
-    answer = tiny.run_without_siglip_hf(
+    printed = tiny.run_without_siglip_hf(
         "import json, sys, torch\n"
         "from transformers import AutoModel\n"
         "model, info = AutoModel.from_pretrained(sys.argv[1] + '/ours', output_loading_info=True)\n"
@@ -110,7 +112,7 @@ def test_a_process_without_this_package(tmp_path):
         "print(json.dumps([logits.tolist(), {key: sorted(map(str, value)) for key, value in info.items()}]))",
         tmp_path,
     )
-    logits, info = answer
+    logits, info = json.loads(printed.splitlines()[-1])
     assert not any(info.values())
     reloaded = siglip_hf.SiglipModel.from_pretrained(tmp_path / "theirs")
     with torch.no_grad():

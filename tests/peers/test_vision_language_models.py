@@ -1,9 +1,5 @@
 """Vision-language models of transformers with our tower: the answers and the files of those with the stock tower."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,17 +14,11 @@ NAMES = list(vision_language.configurations())
 WITH_OUR_TOWER = [name for name in NAMES if name not in ("idefics3", "smolvlm")]
 
 
-def in_stock_process(what: str, folder: Path) -> None:
-    command = [sys.executable, vision_language.__file__, what, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Models made, run and saved by stock transformers, in a process that does not import this package."""
     path = tmp_path_factory.mktemp("vision_language")
-    in_stock_process("make", path)
+    tiny.run_without_siglip_hf("", vision_language.__file__, "make", path)
     return path
 
 
@@ -63,7 +53,7 @@ def test_saved_models_load_in_stock_transformers(folder, loaded):
         for key, tensor in before.items():
             torch.testing.assert_close(after[key], tensor, rtol=0, atol=0)
     vision_language.check(folder)
-    in_stock_process("check", folder)
+    tiny.run_without_siglip_hf("", vision_language.__file__, "check", folder)
 
 
 @pytest.mark.parametrize("name", WITH_OUR_TOWER)

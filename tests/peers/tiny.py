@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -69,15 +72,54 @@ def linears(model: torch.nn.Module, kind: type = torch.nn.Linear) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, kind)}
 
 
-def run_without_siglip_hf(code: str, *arguments: str | Path) -> Any:
-    """Runs code in a Python that never imports this package, so with stock transformers; returns what it prints last.
+# Imports what takes seconds once, and then runs each request in a fork of its own.
+_STOCK = """
+import sys
+sys.modules["siglip_hf"] = None  # an import of it fails
+import json, os, runpy, traceback, transformers
+from transformers import AutoModel, AutoModelForImageTextToText
+for line in sys.stdin:
+    request = json.loads(line)
+    if child := os.fork():
+        print(os.waitpid(child, 0)[1], flush=True)
+        continue
+    output = open(request["output"], "w")
+    os.dup2(output.fileno(), 1), os.dup2(output.fileno(), 2)
+    status = 1
+    try:
+        sys.argv = request["arguments"]
+        if request["code"]:
+            exec(request["code"], {"__name__": "__main__"})
+        else:
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)
+"""
 
-    The code reads its arguments from `sys.argv[1:]` and prints one line of JSON.
+
+@functools.cache
+def _stock_process() -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, "-c", _STOCK], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(process.communicate)  # closes its input, at which it ends
+    return process
+
+
+def run_without_siglip_hf(code: str, *arguments: str | Path) -> str:
+    """Runs code in a Python that cannot import this package, so with stock transformers; returns what it prints.
+
+    Args:
+        code: What to run; empty for the script that the first of the arguments names.
+        *arguments: `sys.argv` of a script; for code what follows `sys.argv[0]`.
     """
-    guard = "import sys; sys.modules['siglip_hf'] = None\n"
-    done = subprocess.run(
-        [sys.executable, "-c", guard + code, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise RuntimeError(f"stock process failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    process, argv = _stock_process(), [*map(str, arguments)] if not code else ["-c", *map(str, arguments)]
+    with tempfile.NamedTemporaryFile("r") as output:
+        request = {"code": code, "arguments": argv, "output": output.name}
+        print(json.dumps(request), file=process.stdin, flush=True)
+        assert process.stdout is not None
+        status, printed = process.stdout.readline().strip(), output.read()
+    if status != "0":
+        raise RuntimeError(f"stock process failed:\n{printed[-3000:]}")
+    return printed
