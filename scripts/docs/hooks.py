@@ -13,6 +13,7 @@ become MathML here, which browsers draw without a script.
 from __future__ import annotations
 
 import html
+import os
 import re
 import textwrap
 from dataclasses import dataclass
@@ -129,11 +130,16 @@ def on_config(config: Any) -> Any:
 
 
 def with_files(text: str) -> str:
-    """A page with the files that it includes in place of `<!-- include: PATH -->`, without their front matter."""
+    """A page with the files that it includes in place of `<!-- include: PATH -->`, without their front matter.
+
+    Their links to files of docs/ become the page's own.
+    """
     root = Path(__file__).parents[2]
 
     def read(match: re.Match[str]) -> str:
-        return re.sub(r"\A---\n.*?\n---\n", "", (root / match[1]).read_text(encoding="utf-8"), flags=re.DOTALL)
+        file = root / match[1]
+        text = re.sub(r"\A---\n.*?\n---\n", "", file.read_text(encoding="utf-8"), flags=re.DOTALL)
+        return text.replace(f"]({os.path.relpath(root / 'docs', file.parent)}/", "](")
 
     return INCLUDE.sub(read, text)
 

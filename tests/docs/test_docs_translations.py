@@ -119,3 +119,10 @@ def test_what_does_not_fit_is_refused():
         hooks.translated("# a\n## b\n## c\n## d\n<!-- code: 3 -->\n", ENGLISH)
     with pytest.raises(ValueError, match="2 headings"):
         hooks.translated("# a\n## b\n", ENGLISH)
+
+
+def test_links_of_an_included_file_are_those_of_the_page():
+    card = "src/siglip_hf/checkpoints/siglip-hf-pictures-64/README.md"
+    page = hooks.with_files(f"before\n<!-- include: {card} -->\n")
+    assert page.startswith("before\n# siglip-hf-pictures-64")
+    assert "](../" not in page
