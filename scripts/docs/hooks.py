@@ -8,6 +8,8 @@ both languages.
 
 Formulas are LaTeX in the pages: `$x$` within a line, a fenced block of the language `math` on lines of their own. Both
 become MathML here, which browsers draw without a script.
+
+In the repository a Korean page links to Korean pages, `labels.ko.md`; the site finds them by the English names.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ INCLUDE = re.compile(r"^<!-- include: (\S+) -->$", re.MULTILINE)
 FENCE = re.compile(r"^(?P<indent> *)```[^\n]*\n.*?^(?P=indent)```$", re.DOTALL | re.MULTILINE)
 TABLE = re.compile(r"(?:^\|[^\n]*\n)+", re.MULTILINE)
 HEADING = re.compile(r"^(#+) .*$", re.MULTILINE)
+# A link to a page beside or below this one. The front page's link to its other language stays.
+PAGE_LINK = re.compile(r"(?<=\]\()(?!README)(?P<page>[\w/]+?)(?:\.ko)?\.md(?=[#)])")
 PLACEHOLDER = re.compile(
     r"^(?P<indent> *)<!-- (?P<kind>code|table): (?P<number>\d+) -->$"
     # The copy: nothing in it may look like the next placeholder.
@@ -78,8 +82,13 @@ def bare(korean: str) -> str:
     return PLACEHOLDER.sub(lambda match: f"{match['indent']}<!-- {match['kind']}: {match['number']} -->", korean)
 
 
-def with_copies(korean: str, english: str) -> str:
-    """A Korean page as it stands in the repository: behind each placeholder a copy of its part.
+def with_copies(korean: str, english: str, folder: Path) -> str:
+    """A Korean page as it stands in the repository: behind each placeholder a copy of its part, links to Korean pages.
+
+    Args:
+        korean: the page.
+        english: the English page.
+        folder: where the page lies; a page without a Korean twin there is linked to in English.
 
     Raises:
         ValueError: as `translated`.
@@ -90,7 +99,11 @@ def with_copies(korean: str, english: str) -> str:
         copy = translated_part(match, parts(english))
         return f"{indent}<!-- {kind}: {match['number']} -->\n{copy}\n{indent}<!-- /{kind} -->"
 
-    return PLACEHOLDER.sub(fill, bare(korean))
+    def link(match: re.Match[str]) -> str:
+        twin = f"{match['page']}{KOREAN}"
+        return twin if (folder / twin).exists() else f"{match['page']}.md"
+
+    return PAGE_LINK.sub(link, PLACEHOLDER.sub(fill, bare(korean)))
 
 
 def translated_part(match: re.Match[str], shared: Parts) -> str:
@@ -112,7 +125,7 @@ def translated(korean: str, english: str) -> str:
     Raises:
         ValueError: if a placeholder names a part that the English page does not have, or the headings do not match.
     """
-    shared, korean = parts(english), bare(korean)
+    shared, korean = parts(english), PAGE_LINK.sub(r"\g<page>.md", bare(korean))
     headings = HEADING.findall(without_code(korean))
     if [len(marks) for marks in headings] != [level for level, _ in shared.anchors]:
         raise ValueError(f"{len(headings)} headings do not follow the English page's {len(shared.anchors)}.")
@@ -179,7 +192,7 @@ def main() -> None:
     for page in sorted([*root.glob(f"*{KOREAN}"), *(root / "docs").glob(f"**/*{KOREAN}")]):
         english = Path(str(page).removesuffix(KOREAN) + ".md").read_text(encoding="utf-8")
         text = page.read_text(encoding="utf-8")
-        if (new := with_copies(text, english)) != text:
+        if (new := with_copies(text, english, page.parent)) != text:
             page.write_text(new, encoding="utf-8")
             print(page.relative_to(root))
 

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # What people read on the repository's page, not on the site.
-FRONT = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+FRONT = [ROOT / "README.md", ROOT / "README.ko.md", ROOT / "CONTRIBUTING.md"]
 
 
 def load_script(name: str):

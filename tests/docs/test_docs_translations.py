@@ -92,18 +92,27 @@ def test_has_no_number_of_its_own(page):
 @pytest.mark.parametrize("page", KOREAN, ids=lambda page: page.name)
 def test_copies_are_those_of_the_english_page(page):
     text = page.read_text()
-    assert hooks.with_copies(text, english_of(page)) == text, "run python scripts/docs/hooks.py"
+    assert hooks.with_copies(text, english_of(page), page.parent) == text, "run python scripts/docs/hooks.py"
 
 
 def test_copies_are_found_and_written_anew():
     korean = "# 위\n## 코드\n<!-- code: 1 -->\n## 하나\n- 항목\n\n  <!-- code: 2 -->\n## 둘\n<!-- table: 1 -->\n"
-    filled = hooks.with_copies(korean, ENGLISH)
+    filled = hooks.with_copies(korean, ENGLISH, DOCS)
     assert "<!-- code: 1 -->\n```" in filled
     assert filled.count("<!-- /code -->") == 2
     assert "  ```bash\n  ls\n  ```\n  <!-- /code -->" in filled
     assert hooks.bare(filled) == korean
-    assert hooks.with_copies(filled.replace("ls", "rm"), ENGLISH) == filled
+    assert hooks.with_copies(filled.replace("ls", "rm"), ENGLISH, DOCS) == filled
     assert hooks.translated(filled, ENGLISH) == hooks.translated(korean, ENGLISH)
+
+
+def test_links_lead_to_korean_pages_in_the_repository_and_to_both_on_the_site():
+    heads = "# a\n## b\n## c\n## d\n"
+    links = "[a](labels.md#top) [b](api/models.md) [c](https://a.org/b.md) [English](README.md)"
+    filled = hooks.with_copies(heads + links, ENGLISH, DOCS)
+    assert filled == heads + links.replace("labels.md", "labels.ko.md")
+    assert hooks.translated(filled, ENGLISH).endswith(links)
+    assert hooks.with_copies(filled, ENGLISH, DOCS) == filled
 
 
 def test_parts_come_from_the_english_page():
