@@ -67,6 +67,8 @@ def test_tables_of_labels(run, folders, checkpoint):
     for name, value in (("top-1", found.top(1)), ("top-5", found.top(5)), ("mean per class", found.mean_per_class)):
         assert name in out
         assert f"{value:.1%}" in out
+    low, high = found.interval(1)
+    assert f"top-1 for pictures of this kind is {low:.1%} to {high:.1%}" in out
     first_cells = [line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")]
     assert first_cells[:6] == [row.label for row in found.per_class()]
     assert "red house" in out
@@ -137,11 +139,11 @@ def test_the_confusion_picture(run, folders, tmp_path):
         (["--task", "retrieve"], "none of 12 entries has a caption"),
         (["--templates", "imagenet", "--template", "a {}"], "--templates and --template are both given"),
         (["--templates", "imagnet"], "there is no set of templates 'imagnet'"),
-        (["--template", "a photo"], "has no single '{}'"),
+        (["--template", "a photo"], "the template 'a photo' has no single '{}'"),
         (["--label-column", "class"], "no column 'class'"),
         (["--confusion", "x.docx"], "no picture format has this ending"),
         (["--dtype", "int8"], "dtype='int8'"),
-        (["--labels-file", "nowhere.txt"], "cannot be read"),
+        (["--labels-file", "nowhere.txt"], "'nowhere.txt' cannot be read: No such file or directory\n"),
     ],
 )
 def test_mistakes_are_told_in_one_line(run, folders, options, said):

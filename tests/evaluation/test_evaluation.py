@@ -1,6 +1,7 @@
 """Recall and accuracy against plain formulas, and their numbers on the embedded checkpoint against plain numpy."""
 
 import io
+import math
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -129,6 +130,16 @@ def test_recall_says_what_cannot_be(changed: dict, said: str) -> None:
 
 def _accuracy(truth: list[int], predicted: list[list[int]], labels: str) -> ZeroShotAccuracy:
     return ZeroShotAccuracy(tuple(labels), torch.tensor(truth), torch.tensor(predicted))
+
+
+def test_the_interval_holds_the_shares_that_the_pictures_do_not_speak_against() -> None:
+    predicted = torch.tensor([[0, 1]] * 15 + [[1, 0]] * 9)
+    accuracy = ZeroShotAccuracy(("a", "b"), torch.zeros(24).long(), predicted)
+    low, high = accuracy.interval(1)
+    assert (round(low, 4), round(high, 4)) == (0.4271, 0.7884)
+    for share in (low, high):  # 15 of 24 is 1.96 standard deviations away from what such a share would give
+        assert abs(0.625 - share) == pytest.approx(1.959964 * math.sqrt(share * (1 - share) / 24))
+    assert accuracy.interval(2) == pytest.approx((0.8620, 1.0), abs=1e-4)  # all right, and still no certainty
 
 
 def test_measures_of_labels() -> None:
@@ -364,7 +375,7 @@ def test_what_can_be_measured_is_found_out(embedder, tmp_path) -> None:
         evaluate(embedder, open_source(tmp_path), task="classify")
     with pytest.raises(ValueError, match="none of 9 entries has a caption"):
         evaluate(embedder, open_source(FILES), task="retrieve")
-    with pytest.raises(ValueError, match="none of 9 pictures has a label or a caption"):
+    with pytest.raises(ValueError, match=r"none of 9 pictures has a label or a caption .* \(--truth on"):
         evaluate(embedder, open_source(FILES))
     with pytest.raises(ValueError, match="task='rank' is unknown"):
         evaluate(embedder, open_source(tmp_path), task="rank")

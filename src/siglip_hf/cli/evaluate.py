@@ -182,6 +182,8 @@ def _print_accuracy(out: Console, accuracy: ZeroShotAccuracy, prompts: tuple[str
         table.add_column(name, justify="right")
     table.add_row(*(f"{value:.1%}" for value in values.values()))
     out.print(table)
+    low, high = accuracy.interval(1)
+    out.print(f"with 95% confidence, top-1 for pictures of this kind is {low:.1%} to {high:.1%}", highlight=False)
 
 
 def _print_recall(out: Console, recall: RetrievalRecall) -> None:

@@ -169,7 +169,9 @@ def _explain(error: Exception) -> str:
     """What went wrong, for one line."""
     # Errors of usage come with an exit code and a message for the user, whatever class a version of typer has.
     if hasattr(error, "format_message"):
-        return error.format_message()
+        context = getattr(error, "ctx", None)
+        command = " ".join(["siglip-hf", *context.command_path.split()[1:]]) if context else "siglip-hf"
+        return f"{error.format_message().rstrip('.')}. See {command} --help"
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"the disk of {error.filename or os.getcwd()} is full: {error}"
     if isinstance(error, UnicodeEncodeError):

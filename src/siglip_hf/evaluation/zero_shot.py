@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +58,16 @@ class ZeroShotAccuracy:
             k: at most the K that were kept, 5 or the number of labels.
         """
         return (self.predicted[:, :k] == self.truth[:, None]).any(dim=1).double().mean().item()
+
+    def interval(self, k: int) -> tuple[float, float]:
+        """Where `top(k)` lies for all pictures of this kind, with 95% confidence: Wilson's interval of a share.
+
+        It takes the pictures as drawn by chance from that kind, and knows nothing of pictures of another kind.
+        """
+        share, pictures, z = self.top(k), len(self.truth), 1.959964
+        middle = (share + z * z / (2 * pictures)) / (1 + z * z / pictures)
+        half = z * math.sqrt(share * (1 - share) / pictures + z * z / (4 * pictures**2)) / (1 + z * z / pictures)
+        return middle - half, middle + half
 
     def counts(self) -> Counter[tuple[int, int]]:
         """How often each (right class, given class) occurs; a confusion matrix without its zeros."""

@@ -45,6 +45,11 @@ class Classified:
         return {name: value for name, value in vars(self).items() if value not in (None, [])}
 
 
+def _reason(error: Exception) -> str:
+    """What went wrong, without the path again."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def read_labels_file(path: str | Path) -> list[str]:
     """Labels from a text file, one on each line; empty lines are skipped.
 
@@ -59,7 +64,7 @@ def read_labels_file(path: str | Path) -> list[str]:
     try:
         lines = text_lines(read_text(path))
     except (OSError, ValueError) as error:
-        raise ValueError(f"the labels file {str(path)!r} cannot be read: {error}") from error
+        raise ValueError(f"the labels file {str(path)!r} cannot be read: {_reason(error)}") from error
     labels = [line.strip() for line in lines if line.strip()]
     if not labels:
         raise ValueError(f"the labels file {str(path)!r} holds no label; write one on each line.")
@@ -75,7 +80,7 @@ def read_truth_file(path: str | Path) -> dict[str, str]:
     try:
         truth = parse_json(read_text(path))
     except (OSError, ValueError) as error:
-        raise ValueError(f"the file of right labels {str(path)!r} cannot be read: {error}") from error
+        raise ValueError(f"the file of right labels {str(path)!r} cannot be read: {_reason(error)}") from error
     if not isinstance(truth, dict) or not truth or not all(isinstance(label, str) for label in truth.values()):
         raise ValueError(f"{str(path)!r} must hold a JSON object of file names and labels, like {{'a.png': 'a cat'}}.")
     return truth

@@ -74,11 +74,11 @@ def parse_templates(hypothesis_template: str | Iterable[str]) -> tuple[str, ...]
     is_one = isinstance(hypothesis_template, str) or not isinstance(hypothesis_template, Iterable)
     templates: list[Any] = [hypothesis_template] if is_one else list(hypothesis_template)
     if not templates:
-        raise ValueError("hypothesis_template is empty; pass at least one template, such as 'This is a photo of {}.'")
+        raise ValueError("there is no template; pass at least one template, such as 'This is a photo of {}.'")
     for template in templates:
         if not isinstance(template, str) or not _ONE_PLACE.fullmatch(template):
             raise ValueError(
-                f"hypothesis_template {reprlib.repr(template)} has no single '{{}}' where the label goes, or other "
+                f"the template {reprlib.repr(template)} has no single '{{}}' where the label goes, or other "
                 "braces; write for instance 'This is a photo of {}.', or '{}' if the labels are whole captions already."
             )
         check_characters(template, "a template")
