@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +23,6 @@ from PIL import Image
 pytest.importorskip("selenium")
 
 from selenium import webdriver
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
@@ -37,15 +36,11 @@ from tiny_clip import write_tiny_clip
 ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / "build" / "screenshots"
 PICTURES = {Path(path).stem: Path(path) for path in page.demo_pictures()}
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-DRIVER = shutil.which("chromedriver")
 WAIT = 60  # seconds; a shared machine may be slow, and a page that works is seldom waited for
 
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(not find_spec("gradio"), reason='no gradio here (pip install "siglip-hf[apps]")'),
-    pytest.mark.skipif(not CHROMIUM, reason="no Chromium here (Debian's package: chromium)"),
-    pytest.mark.skipif(not DRIVER, reason="no chromedriver here (Debian's package: chromium-driver)"),
 ]
 
 
@@ -102,18 +97,24 @@ class Page:
             x, y = to_x, to_y
         pen.release().perform()
 
-    def narrow(self, name: str) -> None:
-        """A screenshot as on a telephone; nothing may scroll sideways there."""
+    @contextmanager
+    def telephone(self) -> Iterator[None]:
+        """The page is as narrow as on a telephone."""
         size = self.driver.get_window_size()
         metrics = {"width": 390, "height": 1600, "deviceScaleFactor": 1, "mobile": True}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         try:
-            self.screenshot(name)
-            width = self.driver.execute_script("return document.documentElement.scrollWidth")
-            assert width <= 390, f"the page is {width} pixels wide"
+            yield
         finally:
             self.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
             self.driver.set_window_size(size["width"], size["height"])
+
+    def narrow(self, name: str) -> None:
+        """A screenshot as on a telephone; nothing may scroll sideways there."""
+        with self.telephone():
+            self.screenshot(name)
+            width = self.driver.execute_script("return document.documentElement.scrollWidth")
+            assert width <= 390, f"the page is {width} pixels wide"
 
     def screenshot(self, name: str, for_docs: bool = False) -> None:
         SCREENSHOTS.mkdir(parents=True, exist_ok=True)
@@ -124,32 +125,6 @@ class Page:
             target.parent.mkdir(exist_ok=True)
             shot = Image.open(path).convert("RGB")
             shot.quantize(200, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(target, optimize=True)
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory) -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for argument in (
-        "headless=new",
-        "no-sandbox",  # tests may run as root
-        "disable-gpu",
-        "enable-unsafe-swiftshader",  # the drawing board needs WebGL
-        "disable-dev-shm-usage",
-        "disable-quic",
-        "no-first-run",
-        "disable-background-networking",
-        "disable-component-update",
-        "disable-sync",
-        "host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-        "window-size=1366,1000",
-        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
-    ):
-        options.add_argument(f"--{argument}")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    driver = webdriver.Chrome(service=Service(DRIVER), options=options)
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")
@@ -259,12 +234,29 @@ def test_search_by_words_and_by_a_result(search_page):
     assert captions(shown) == []
 
 
+def see_the_brush(shown: Page) -> None:
+    """Waits until the brush is in hand: nobody clicks on a tool first."""
+    colour = "return getComputedStyle(document.querySelector('#draw button[aria-label=Brush] svg')).color"
+    shown.wait(lambda: "249, 115, 22" in shown.driver.execute_script(colour), "the brush")
+
+
+def test_search_by_drawing_on_a_telephone(search_page):
+    shown = search_page
+    with shown.telephone():
+        shown.open()
+        see_the_brush(shown)
+        shown.draw([(-60, -60), (60, 60), (60, -60)])
+        shown.see("#results", "12 of 24 for your drawing")
+        shown.screenshot("search-drawing-390")
+    # Turned on its side, the brush is still in hand.
+    shown.draw([(-90, -20), (90, -20)])
+    see_the_brush(shown)
+
+
 def test_search_by_drawing_live(search_page):
     shown = search_page
     shown.open()
-    # The brush is in hand: nobody clicks on a tool first.
-    colour = "return getComputedStyle(document.querySelector('#draw button[aria-label=Brush] svg')).color"
-    shown.wait(lambda: "249, 115, 22" in shown.driver.execute_script(colour), "the brush")
+    see_the_brush(shown)
     ring = [(round(60 + 45 * math.cos(i / 2)), round(-60 + 45 * math.sin(i / 2))) for i in range(14)]
     shown.draw(ring)
     shown.see("#results", "12 of 24 for your drawing")

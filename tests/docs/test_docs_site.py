@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+import docs_site
 
 ROOT = Path(__file__).parents[2]
 # What people read on the repository's page, not on the site.
@@ -30,13 +30,8 @@ check_links = load_script("check_links")
 @pytest.fixture(scope="module")
 def build(tmp_path_factory):
     """The output of a build, and its folder."""
-    for package in ("mkdocs", "material", "mkdocs_static_i18n", "mkdocstrings_handlers.python"):
-        pytest.importorskip(package)
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}  # an advertisement, which strict mode does not count
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    return done, folder
+    return docs_site.build(folder), folder
 
 
 def test_builds_without_a_warning(build):

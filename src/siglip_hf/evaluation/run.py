@@ -156,8 +156,8 @@ def _choose(source: Source, task: str, several: bool) -> tuple[Source, list[str]
     if not tasks:
         raise ValueError(
             f"{source.name}: none of {len(source)} pictures has a label or a caption to compare it with. Put each "
-            "class into a folder of its own, give a table with a column of labels or captions, or give the right labels "
-            'in a JSON file, {"cat.png": "cat"} (--truth on the command line).'
+            "class into a folder of its own, give a table with a column of labels or captions, or give the right "
+            'labels in a JSON file, {"cat.png": "cat"} (--truth on the command line).'
         )
     if len(tasks) == 1:
         return pictured.require(TASKS[tasks[0]]), tasks
