@@ -7,6 +7,7 @@ from torch._dynamo.utils import counters
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from siglip_hf.losses import tiles
 from siglip_hf.losses.sigmoid import sigmoid_loss
 from siglip_hf.losses.tiles import Tiles, _weigh
 
@@ -281,7 +282,7 @@ def test_more_mistakes():
 )
 def test_fused_walk_of_a_gpu(monkeypatch, dtype, tolerance, positives):
     """The kernel that inductor makes on a GPU, made for the CPU here."""
-    monkeypatch.setattr("siglip_hf.losses.tiles._can_fuse", lambda device: True)
+    monkeypatch.setattr("siglip_hf.losses.tiles._form", lambda device, dtype: "inductor")
     torch._dynamo.reset()
     inputs = make_inputs(dtype=dtype)
     loss = sigmoid_loss(*inputs, chunk_size=16, positives=positives)
@@ -289,6 +290,27 @@ def test_fused_walk_of_a_gpu(monkeypatch, dtype, tolerance, positives):
     assert loss.item() == pytest.approx(expected, rel=tolerance)
     for got, wanted in zip(torch.autograd.grad(loss, inputs), grads, strict=True):
         assert relative_error(got, wanted) < tolerance
+
+
+def test_sums_in_one_step_only_where_torch_adds_rightly(monkeypatch):
+    adds, cpu = tiles._adds_to_wider.__wrapped__, torch.device("cpu")
+
+    def addmm(total, a, b, *, out_dtype, out):
+        return out.add_(a.to(out_dtype) @ b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "addmm", addmm)
+    assert adds(cpu, torch.bfloat16)
+    monkeypatch.setattr(torch, "addmm", lambda total, a, b, *, out_dtype, out: out.copy_(a @ b))
+    assert not adds(cpu, torch.bfloat16)
+    monkeypatch.setattr(torch, "addmm", lambda *inputs: None)
+    assert not adds(cpu, torch.bfloat16)
+    # A walk that is told so gives the same gradients.
+    inputs = make_inputs(dtype=torch.bfloat16)
+    plain = torch.autograd.grad(sigmoid_loss(*inputs, chunk_size=16), inputs)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    monkeypatch.setattr(tiles, "_adds_to_wider", lambda device, dtype: True)
+    for got, wanted in zip(torch.autograd.grad(sigmoid_loss(*inputs, chunk_size=16), inputs), plain, strict=True):
+        assert relative_error(got, wanted.double()) < 1e-2
 
 
 @pytest.mark.gpu
@@ -337,7 +359,7 @@ def test_vmap_is_one_loss_for_each_batch():
 
 def test_one_kernel_for_tiles_of_every_shape(monkeypatch):
     """Square, oblong, of one row, of one column; with and without numbers, with a diagonal or none."""
-    monkeypatch.setattr("siglip_hf.losses.tiles._can_fuse", lambda device: True)
+    monkeypatch.setattr("siglip_hf.losses.tiles._form", lambda device, dtype: "inductor")
     monkeypatch.setattr(
         "siglip_hf.losses.tiles._compiled_weigh", lambda: torch.compile(_weigh, dynamic=True, backend="eager")
     )

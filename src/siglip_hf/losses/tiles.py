@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 
 class Tiles:
@@ -21,9 +24,9 @@ class Tiles:
     """
 
     def __init__(self, images: Tensor, logit_scale: Tensor, logit_bias: Tensor, chunk_size: int, image_grad: bool):
-        self.images = images
+        self.images = images.contiguous()
         self.dtype = accumulation_dtype(images.dtype)
-        self.fused = _can_fuse(images.device)
+        self.form = _form(images.device, images.dtype)
         self.scale = logit_scale.to(self.dtype).exp()
         self.bias = logit_bias.detach().to(self.dtype)
         self.chunk_size = chunk_size
@@ -46,7 +49,7 @@ class Tiles:
         """Walk the tiles of images x texts.
 
         Args:
-            texts: (M, E), a block of texts in the dtype of the images.
+            texts: (M, E), contiguous, a block of texts in the dtype of the images.
             text_grad: (M, E) accumulator, or None if it is not wanted.
             bias_grad: Whether the sum of G is wanted.
             aligned: Whether text j belongs to image j. Not used with ids.
@@ -55,31 +58,57 @@ class Tiles:
         """
         size = self.chunk_size
         wants_grad = bias_grad or text_grad is not None or self.image_grad is not None
-        fused = self.fused and wants_grad
-        if fused and (image_ids is None or text_ids is None):
-            # With numbers always there, the kernel is compiled once for diagonal, other and numbered tiles alike.
+        form = self.form if wants_grad or self.form == "triton" else "plain"
+        if form != "plain" and (image_ids is None or text_ids is None):
+            # With numbers always there, a kernel is compiled once for diagonal, other and numbered tiles alike.
             image_ids = torch.arange(len(self.images), device=texts.device)
             text_ids = image_ids if aligned else image_ids.new_full(texts.shape[:1], -1)
-        rows, columns = (min(size, len(part)) for part in (self.images, texts))
-        # Two numbers at least: for a buffer of one, the kernel would be compiled once more.
-        buffer = torch.empty(max(2, rows * columns), dtype=self.dtype, device=texts.device)
+        memory = self._memory(form, texts, wants_grad)
         for top in range(0, len(self.images), size):
             images = self.images[top : top + size]  # (R, E)
             for left in range(0, len(texts), size):
                 block = texts[left : left + size]  # (C, E)
-                tile = buffer[: len(images) * len(block)].view(len(images), len(block))  # (R, C)
-                _product(images, block.t(), tile)
                 ids = None
                 if image_ids is not None and text_ids is not None:
                     ids = (image_ids[top : top + size], text_ids[left : left + size])
-                if fused and ids is not None:
-                    weights, loss_sum, bias_sum = _fused_weigh(tile, self.scale, self.bias, *ids, texts.dtype)
-                else:
-                    weights, loss_sum, bias_sum = self._weigh_in_place(tile, ids, aligned and top == left, wants_grad)
+                weights, loss_sum, bias_sum = self._weigh_tile(
+                    form, images, block, ids, aligned and top == left, wants_grad, memory
+                )
                 self.loss_sum += loss_sum
                 if wants_grad:
                     self.bias_sum += bias_sum
                     self._add_gradients(weights.to(texts.dtype), images, block, top, left, text_grad)
+
+    def _memory(self, form: str, texts: Tensor, wants_grad: bool) -> Tensor:
+        """Memory for one tile, in which all have their turn: products, or derivatives in the dtype of the texts."""
+        rows, columns = (min(self.chunk_size, len(part)) for part in (self.images, texts))
+        if form == "triton":
+            rows = rows if wants_grad else 0
+            return _triton_kernel().tile_of_weights(rows, columns, texts.dtype, texts.device)
+        # Two numbers at least: for a buffer of one, the kernel would be compiled once more.
+        return torch.empty(max(2, rows * columns), dtype=self.dtype, device=texts.device)
+
+    def _weigh_tile(
+        self,
+        form: str,
+        images: Tensor,
+        texts: Tensor,
+        ids: tuple[Tensor, Tensor] | None,
+        diagonal: bool,
+        wants_grad: bool,
+        memory: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The derivatives (R, C), the sum of the loss and that of the derivatives."""
+        rows, columns = len(images), len(texts)
+        if form == "triton" and ids is not None:
+            tile = memory[:rows, :columns]
+            sums = _triton_kernel().weigh(images, texts, self.scale, self.bias, *ids, tile if wants_grad else None)
+            return tile, *sums
+        tile = memory[: rows * columns].view(rows, columns)  # (R, C)
+        _product(images, texts.t(), tile)
+        if form == "inductor" and ids is not None:
+            return _fused_weigh(tile, self.scale, self.bias, *ids, texts.dtype)
+        return self._weigh_in_place(tile, ids, diagonal, wants_grad)
 
     def _weigh_in_place(
         self, tile: Tensor, ids: tuple[Tensor, Tensor] | None, diagonal: bool, wants_grad: bool
@@ -131,13 +160,31 @@ def _negate(tile: Tensor, mask: Tensor | None, diagonal: bool) -> None:
         tile.diagonal().neg_()
 
 
-def _can_fuse(device: torch.device) -> bool:
-    """Whether inductor makes one kernel of what is done to a tile. A GPU waits for memory there; a CPU does not."""
+@functools.cache
+def _form(device: torch.device, dtype: torch.dtype) -> str:
+    """What makes a tile: "triton" (product and all in one kernel), "inductor" (one kernel behind the product), "plain".
+
+    A GPU waits for memory between the steps, a CPU does not. Products in float32 are torch's own, whose precision
+    (TF32 or not) is the user's to choose.
+    """
     if device.type != "cuda":
-        return False
+        return "plain"
     from torch.utils._triton import has_triton
 
-    return has_triton()
+    if not has_triton():
+        return "plain"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "inductor"
+    if reason := _triton_kernel().why_not(device, dtype):
+        logger.warning("%s; the loss uses torch.compile's kernel, which takes more memory", reason)
+        return "inductor"
+    return "triton"
+
+
+def _triton_kernel() -> Any:
+    from siglip_hf.losses import kernel  # needs triton, which only CUDA builds of torch bring along
+
+    return kernel
 
 
 @functools.cache
@@ -195,10 +242,24 @@ def _add_product(accumulator: Tensor, a: Tensor, b: Tensor) -> None:
     """accumulator += a @ b, where the accumulator may be wider than the factors."""
     if a.dtype == accumulator.dtype:
         accumulator.addmm_(a, b)
+    elif _adds_to_wider(a.device, a.dtype):
+        torch.addmm(accumulator, a, b, out_dtype=accumulator.dtype, out=accumulator)
     elif a.is_cuda:
         accumulator += torch.mm(a, b, out_dtype=accumulator.dtype)
     else:
         accumulator += torch.mm(a, b)
+
+
+@functools.cache
+def _adds_to_wider(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch adds products of 16 bits to float32 in one step there; not every version and device does."""
+    factor = torch.eye(16, dtype=dtype, device=device)
+    total = torch.ones(16, 16, device=device)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False
+    return torch.equal(total, 1 + factor.float())
 
 
 class LossFunction(torch.autograd.Function):
