@@ -1,6 +1,6 @@
 # Everything a newcomer needs: `make demo` and `make test` make their own environment first.
 .DEFAULT_GOAL := help
-.PHONY: help demo wheel test-wheel test test-core test-oldest test-newest test-layouts test-pythons test-slow test-browser test-gpu test-faults lint types format bench checkpoint docs clean
+.PHONY: help demo wheel test-wheel test test-core test-oldest test-newest test-layouts test-pythons test-slow test-browser test-gpu gpu test-faults lint types format bench checkpoint docs clean
 
 PYTHON ?= python3
 MINUTES ?= 240
@@ -95,6 +95,12 @@ test-browser: $(DEV) ## try the web pages in a headless Chromium (Debian: chromi
 test-gpu: $(DEV) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 
+# A GPU is often on a machine without a network: scripts/bench/gpu_wheels.sh gathers what to bring; docs/gpu.md.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+gpu: ## measure all that needs a GPU, in 8 minutes; TINY=1: rehearse every step on a CPU; ARGS: options of the script
+	PYTHONPATH=$(CURDIR)/gpu_site:$(CURDIR)/src $(GPU_PYTHON) scripts/bench/gpu.py $(if $(TINY),--device cpu --tiny) $(ARGS)
+
 test-faults: $(DEV) ## damage files, kill runs, read hostile texts, huge pictures; prints what became of each (an hour)
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/checks/damage.py --inputs 3000
 	OMP_NUM_THREADS=1 $(BIN)/python scripts/checks/kills.py --kills 20
@@ -112,7 +118,7 @@ format: $(DEV) ## rewrite the code in the house format
 bench: $(DEV) ## compare with stock transformers and peers on this machine; prints ratios (an hour)
 	$(PIP) -e ".[bench]"
 	$(PIP) --no-deps $(LAYOUTS)
-	for script in $(filter-out %/common.py,$(wildcard scripts/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	for script in $(filter-out %/common.py %/gpu.py %/gpu_steps.py,$(wildcard scripts/bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 checkpoint: $(DEV) ## make both embedded checkpoints from nothing; MINUTES=240 of two idle cores, or DEVICE=cuda
 	$(PIP) -e ".[data]"

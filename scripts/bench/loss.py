@@ -46,7 +46,8 @@ def transformers_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, logit_
 
 def open_clip_loss(images: Tensor, texts: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
     """What SigLipLoss of open_clip computes on one process."""
-    logits = logit_scale.exp() * images @ texts.t() + logit_bias
+    # Numbers without a dimension, as its model holds them: they leave the dtype of the embeddings alone.
+    logits = logit_scale.reshape(()).exp() * images @ texts.t() + logit_bias.reshape(())
     labels = 2 * torch.eye(len(logits), device=logits.device, dtype=logits.dtype) - torch.ones_like(logits)
     return -F.logsigmoid(labels * logits).sum() / len(logits)
 
