@@ -15,8 +15,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from siglip_hf.files import first_line
-
 # (rows, columns, width of a step, warps, stages), each with the shared memory that it takes in 16 bits. The first is
 # for data-centre GPUs, the second for the others (99 KB at most). With wider blocks, or fewer warps, registers spill.
 _BLOCKS = ((98_304, (128, 128, 64, 8, 3)), (49_152, (128, 128, 32, 8, 4)))
@@ -89,7 +87,8 @@ def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     try:
         difference = _try(device, dtype)
     except Exception as error:  # triton has many of its own, and the driver and the compiler have theirs
-        return f"the loss's Triton kernel does not work here ({type(error).__name__}: {first_line(error)})"
+        reason = str(error).partition("\n")[0]
+        return f"the loss's Triton kernel does not work here ({type(error).__name__}: {reason})"
     if not difference <= _TOLERANCE[dtype]:
         return f"the loss's Triton kernel gives other numbers here (off by {difference:.1e})"
     return None
