@@ -1,4 +1,4 @@
-"""Stops `siglip-hf embed`, `index`, `train`, `learn` and `convert` at random moments, runs them again, and compares the results.
+"""Stops `embed`, `index`, `train`, `learn` and `convert` at random moments, runs them again, and compares results.
 
 Each run is a fresh process, ended by SIGKILL, SIGTERM or SIGINT; the last must be answered in one line. After every
 stop of `embed` the rows on disk are counted: none may be lost, and the next run must do exactly those that are missing.

@@ -1,6 +1,7 @@
 """`siglip-hf train` from data to checkpoint, its errors, and a run that is killed in the middle."""
 
 import csv
+import dataclasses
 import json
 import os
 import re
@@ -177,6 +178,24 @@ def test_lora(data, checkpoint, tmp_path):
 def test_mistakes_are_one_line(data, checkpoint, tmp_path, capsys, options, message):
     assert train(data, tmp_path / "run", checkpoint, *options) == 2
     assert message in error_of(capsys)
+
+
+NUMBERS = [item.name for item in dataclasses.fields(TrainSettings) if re.search(r"\[(int|float)\b", str(item.type))]
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_that_cannot_be_are_one_line(tmp_path, capsys, name):
+    """On the command line and in a file, before anything is read or written."""
+    config = tmp_path / "config.json"
+    option = f"--{name.replace('_', '-')}"
+    lines = [([option, value], None) for value in ("-1", "nan")]
+    lines += [(["--config", str(config)], value) for value in (10**20, [1])]
+    for line, value in lines:
+        config.write_text(json.dumps({name: value}))
+        assert main(["train", "missing.csv", "--out", str(tmp_path / "run"), *line]) == 2
+        said = error_of(capsys)
+        assert name in said.replace("-", "_"), (line, value, said)
+    assert not (tmp_path / "run").exists()
 
 
 def test_data_that_cannot_be(checkpoint, tmp_path, capsys):

@@ -145,6 +145,7 @@ def main(arguments: list[str] | None = None) -> int:
     command = next((word for word in line if not word.startswith("-")), "")
     _let_every_character_through()
     try:
+        _check_current_folder()
         with _quiet_libraries():
             code = app(line, standalone_mode=False) or 0
             if code == 130:  # what typer makes of Ctrl-C
@@ -154,15 +155,37 @@ def main(arguments: list[str] | None = None) -> int:
     except (typer.Abort, KeyboardInterrupt):
         again = "; the same command goes on where this stopped" if command in _RESUMABLE else ""
         print(f"siglip-hf: stopped{again}", file=sys.stderr)
+        _end_output()
         return 130
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _end_output()
         return 1
     except Exception as error:
         if debug:
             traceback.print_exc()
         print(f"siglip-hf: {' '.join(_explain(error).split())}", file=sys.stderr)
+        _end_output()
         return 2
+
+
+def _check_current_folder() -> None:
+    """Libraries end the process, in words of their own, where the current folder has been deleted.
+
+    Raises:
+        OSError: if it has.
+    """
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise OSError("the current folder is gone; change to one that is there.") from error
+
+
+def _end_output() -> None:
+    """Lets go of what stdout does not take; Python would try again at the end, and fail with a message of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _explain(error: Exception) -> str:
@@ -173,7 +196,7 @@ def _explain(error: Exception) -> str:
         command = " ".join(["siglip-hf", *context.command_path.split()[1:]]) if context else "siglip-hf"
         return f"{error.format_message().rstrip('.')}. See {command} --help"
     if isinstance(error, OSError) and error.errno in _FULL:
-        return f"the disk of {error.filename or os.getcwd()} is full: {error}"
+        return f"the disk of {error.filename or 'the output'} is full: {error}"
     if isinstance(error, UnicodeEncodeError):
         return f"{error.object[:200]!a} is not valid Unicode; rename the file or folder, or give another text"
     if isinstance(error, MemoryError) or "out of memory" in str(error):

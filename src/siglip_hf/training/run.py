@@ -19,6 +19,7 @@ from siglip_hf.data.sources import Source, open_source
 from siglip_hf.extras import missing
 from siglip_hf.files import (
     check_folder,
+    first_line,
     name_full_disk,
     new_file,
     only_run,
@@ -120,7 +121,7 @@ def run_training(
         if _check_output(output, identity) and first:
             write_sealed_json(output / SETTINGS_FILE, identity)
         if (output / REPORT_FILE).exists():
-            return TrainReport(**{**_read(output / REPORT_FILE), "finished_before": True}) if first else None
+            return _finished(output / REPORT_FILE) if first else None
         last, damaged = _last_checkpoint(output, remove=first)
         args = _arguments(settings, plan, last)
         evaluated = _evaluated(settings, source, held_out)
@@ -376,6 +377,15 @@ def _last_checkpoint(output: Path, remove: bool) -> tuple[str | None, list[str]]
 def _newest(output: Path, besides: Collection[Path]) -> Path | None:
     found = [path for path in output.glob("checkpoint-*") if path.name[11:].isdecimal() and path not in besides]
     return max(found, key=lambda path: int(path.name[11:]), default=None)
+
+
+def _finished(path: Path) -> TrainReport:
+    try:
+        return TrainReport(**{**_read(path), "finished_before": True})
+    except TypeError as error:
+        raise ValueError(
+            f"{path} is not a report of this version: {first_line(error)}. Give another output."
+        ) from error
 
 
 def _read(path: Path) -> dict[str, Any]:

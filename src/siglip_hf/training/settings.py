@@ -15,6 +15,7 @@ from siglip_hf.files import parse_json, read_text
 
 #: Names of schedules, and what transformers calls them.
 SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+_MOST = 2**31 - 1  # of any number: counters of libraries hold no more
 _PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -94,6 +95,11 @@ class TrainSettings:
         for name in ("hold_out", "lora", "weight_decay", "scale_learning_rate", "workers"):
             if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+        for name, value in vars(self).items():
+            if isinstance(value, int | float) and value > _MOST:
+                raise ValueError(f"{name}={value} must be at most {_MOST:,}.")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed} must not be negative.")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup={self.warmup} must be a share of the steps, from 0 to below 1.")
         if self.precision not in _PRECISIONS:

@@ -13,7 +13,7 @@ sys.path.append(str(Path(__file__).parents[3] / "scripts" / "checks"))
 import damage
 
 INPUTS = {"store": 60, "store, embedded again": 10, "index": 40, "tables": 15, "tar": 30, "pictures": 20, "hostile": 40}
-INPUTS |= {"files of options": 60, "label bank": 40, "HTTP requests": 30, "other layouts": 5}
+INPUTS |= {"files of options": 60, "label bank": 20, "HTTP requests": 15}
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -21,7 +21,7 @@ def test_nothing_passes_in_silence_or_as_a_fault(name, tmp_path):
     results = list(damage.judge(name, tmp_path, range(INPUTS[name]), seed=1))[1:]
     assert len(results) == INPUTS[name]
     assert [result for result in results if result[0] not in ("right", "named")] == []
-    assert Counter(verdict for verdict, _ in results)["named"] > 0
+    assert ("named" in dict(results)) == (name != "label bank")  # which mends itself
 
 
 def test_the_campaign_sees_what_passes_in_silence_and_what_fails(tmp_path, monkeypatch):
