@@ -65,3 +65,23 @@ def import_peer(name: str) -> Any:
         sys.meta_path.remove(finder)  # type: ignore[arg-type]
         for module in [module for module in sys.modules if module.partition(".")[0] == "torchvision"]:
             del sys.modules[module]
+
+
+def import_torchvision() -> Any:
+    """torchvision, of which only transforms are asked; None where it is not installed.
+
+    A build for another torch (CUDA's beside the CPU's) has operators that do not load, and its import ends at one of
+    them. Their names are declared then; its transforms are Python.
+    """
+    if importlib.util.find_spec("torchvision") is None:
+        return None
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError:
+        import torch
+
+        for module in [module for module in sys.modules if module.partition(".")[0] == "torchvision"]:
+            del sys.modules[module]
+        for name in ("nms", "qnms"):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return importlib.import_module("torchvision")

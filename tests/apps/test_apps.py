@@ -8,7 +8,6 @@ import socket
 import struct
 import subprocess
 import sys
-import types
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ from transformers import AutoModel, AutoProcessor, BertConfig, BertModel
 
 import siglip_hf
 from siglip_hf.apps import compare, multilingual, page, search
-from siglip_hf.apps.scorers import ClipScorer, OpenClipScorer, Scorer, SiglipScorer, load_scorer
+from siglip_hf.apps.scorers import ClipScorer, Scorer, SiglipScorer, load_scorer
 from siglip_hf.cli import main as cli
 from siglip_hf.parallel import PIXELS
 from siglip_hf.preprocessing.image_intake import PictureError
@@ -180,102 +179,6 @@ class TestScorers:
         ).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="BertModel, which does not compare pictures with texts"):
             load_scorer(str(tmp_path))
-
-
-class Tokenizer:
-    """As open_clip's for NLLB: texts to ids (C, 4), begun by the language."""
-
-    set_lang_fn = True
-
-    def __init__(self):
-        self.told: list[str] = []
-
-    def set_language(self, language: str) -> None:
-        self.told.append(language)
-
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        first = sum(map(ord, self.told[-1])) if self.told else 8
-        return torch.tensor([[first, *map(ord, f"{text:<3}"[:3])] for text in texts])
-
-
-class TwoTowers(torch.nn.Module):
-    """As open_clip's models, with embeddings that can be worked out by hand."""
-
-    def __init__(self):
-        super().__init__()
-        self.logit_scale = torch.nn.Parameter(torch.tensor(2.0))
-        self.logit_bias: torch.nn.Parameter | None = torch.nn.Parameter(torch.tensor(-3.0))
-
-    def encode_image(self, pixels, normalize=False):
-        assert normalize
-        return torch.nn.functional.normalize(pixels.flatten(1), dim=-1)
-
-    def encode_text(self, ids, normalize=False):
-        assert normalize
-        return torch.nn.functional.normalize(ids.float(), dim=-1)
-
-
-@pytest.fixture
-def open_clip(monkeypatch):
-    """open_clip's interface with a model of two lines, which remembers what was asked of it."""
-    module = types.ModuleType("open_clip")
-    module.asked = []
-    module.model, module.tokenizer = TwoTowers(), Tokenizer()
-
-    def create_model_from_pretrained(name, pretrained=None, device=None):
-        module.asked.append((name, pretrained))
-        return module.model, lambda picture: torch.tensor([1.0, 2.0, 3.0, 4.0])
-
-    module.create_model_from_pretrained = create_model_from_pretrained
-    module.get_tokenizer = lambda name: module.tokenizer
-    monkeypatch.setitem(sys.modules, "open_clip", module)
-    return module
-
-
-class TestOpenClip:
-    @pytest.mark.parametrize(
-        ("name", "asked"),
-        [
-            ("open_clip:nllb-clip-base-siglip/v1", ("nllb-clip-base-siglip", "v1")),
-            ("open_clip:ViT-B-32//models/own.pt", ("ViT-B-32", "/models/own.pt")),
-            ("open_clip:hf-hub:org/repo", ("hf-hub:org/repo", None)),
-            ("open_clip:local-dir:/models/nllb", ("local-dir:/models/nllb", None)),
-        ],
-    )
-    def test_names(self, open_clip, name, asked):
-        assert load_scorer(name).name == name
-        assert open_clip.asked == [asked]
-
-    @pytest.mark.parametrize("name", ["open_clip:nllb-clip-base", "open_clip:", "open_clip:hf-hub:", "open_clip:/v1"])
-    def test_names_without_weights(self, open_clip, name):
-        with pytest.raises(ValueError, match="write open_clip:MODEL/WEIGHTS"):
-            load_scorer(name)
-
-    def test_logits_with_and_without_a_bias(self, open_clip):
-        scorer = load_scorer("open_clip:nllb/v1")
-        assert (scorer.reads_as, scorer.parameters) == ("sigmoid", 2)
-        image = torch.nn.functional.normalize(torch.tensor([1.0, 2.0, 3.0, 4.0]), dim=0)
-        text = torch.nn.functional.normalize(torch.tensor([8.0, *map(ord, "cat")]), dim=0)
-        expected = (image @ text) * torch.tensor(2.0).exp()
-        torch.testing.assert_close(scorer.logits(PICTURES["cat"], ["cat"]), (expected - 3)[None])
-        open_clip.model.logit_bias = None
-        scorer = OpenClipScorer("open_clip:nllb/v1")
-        assert scorer.reads_as == "softmax"
-        torch.testing.assert_close(scorer.logits(PICTURES["cat"], ["cat"]), expected[None])
-
-    def test_the_language_reaches_the_tokenizer(self, open_clip):
-        scorer = load_scorer("open_clip:nllb/v1")
-        rows = {"Deutsch": ("Katze", "Hund"), "tha_Thai": ("แมว", "หมา"), "Klingon": ("a", "b")}
-        found = multilingual.score_languages(scorer, PICTURES["cat"], rows)
-        assert open_clip.tokenizer.told == ["deu_Latn", "tha_Thai"]
-        torch.testing.assert_close(
-            found["Deutsch"][0], scorer.logits(PICTURES["cat"], rows["Deutsch"], ["deu_Latn"] * 2).sigmoid()
-        )
-
-    def test_without_it(self, monkeypatch):
-        monkeypatch.setitem(sys.modules, "open_clip", None)
-        with pytest.raises(ImportError, match="pip install open_clip_torch"):
-            load_scorer("open_clip:nllb-clip-base/v1")
 
 
 class TestCompare:

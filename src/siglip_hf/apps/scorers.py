@@ -7,6 +7,7 @@ of open_clip through open_clip.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -19,9 +20,14 @@ from PIL import Image
 from siglip_hf.extras import missing
 from siglip_hf.files import first_line
 from siglip_hf.inference.classify import load_classifier
+from siglip_hf.inference.label_bank import parse_labels, parse_templates
 from siglip_hf.inference.optimize.optimization import optimize
+from siglip_hf.inference.pipeline import DEFAULT_TEMPLATE, SCORES, ranked
 from siglip_hf.inference.pooling_map import pooling_attention
-from siglip_hf.loading import from_checkpoint
+from siglip_hf.loading import check_weights, from_checkpoint
+from siglip_hf.parallel import PIXELS
+from siglip_hf.preprocessing.image_intake import load_picture
+from siglip_hf.preprocessing.text_cleaning import label_words
 
 #: In front of a model's name: it is one of open_clip.
 OPEN_CLIP = "open_clip:"
@@ -115,41 +121,123 @@ class ClipScorer(Scorer):
 
 
 class OpenClipScorer(Scorer):
-    """A model of open_clip, NLLB-CLIP among them, whose tokenizer wants to know the language."""
+    """A model of open_clip, NLLB-CLIP among them, whose tokenizer wants to know the language.
 
-    def __init__(self, name: str, device: str | None = None):
+    `siglip_hf.inference.classify.classify_files` takes it as it takes a pipeline.
+
+    Args:
+        name: "open_clip:" and the model, as `load_scorer` takes it.
+        device: where it runs; the CPU if None.
+        language: of texts whose language is not given, as a code of FLORES-200; the tokenizer's own, English, if None.
+    """
+
+    def __init__(self, name: str, device: str | None = None, language: str | None = None):
         try:
             import open_clip
         except ImportError as error:
             raise missing(f"{name} needs open_clip, which cannot be imported here ({error})", "open-clip") from error
         model_name, weights = _open_clip_name(name)
         self._device = device or "cpu"
-        self._model, self._transform = open_clip.create_model_from_pretrained(
-            model_name, pretrained=weights, device=self._device
-        )
+        try:
+            self._model, self._transform = open_clip.create_model_from_pretrained(
+                model_name, pretrained=weights, device=self._device
+            )
+            self._tokenizer = open_clip.get_tokenizer(model_name)
+        except Exception as error:  # damaged files raise almost anything: TypeError, SafetensorError, ...
+            raise ValueError(f"cannot load {name!r}: {first_line(error)}") from error
+        check_weights(name, self._model)
         self._model.eval()
-        self._tokenizer = open_clip.get_tokenizer(model_name)
+        super().__init__(name, self._model)
         if getattr(self._model, "logit_bias", None) is not None:  # trained with SigLIP's loss
             self.reads_as = "sigmoid"
-        super().__init__(name, self._model)
+        # transformers' tokenizer within open_clip's. One like NLLB's begins a text with its language, which is set for
+        # all threads at once; open_clip's own `set_language` does not last until the text is read.
+        inner = getattr(self._tokenizer, "tokenizer", None)
+        self._inner = inner if hasattr(inner, "src_lang") else None
+        self._one_language = threading.Lock()
+        self._language = language or getattr(inner, "src_lang", None)
+        if language:
+            self._check_language(language)
+        self._last: tuple[Any, torch.Tensor] | None = None  # the texts asked last, and their embeddings
+
+    def logits(self, picture: Image.Image, texts: Sequence[str], languages: Languages = None) -> torch.Tensor:
+        return self._logits(self._cosines([self._transform(picture)], self._embeds([[t] for t in texts], languages)))[0]
+
+    def preprocess(self, source: Any) -> torch.Tensor:
+        """A picture from a path, URL, bytes or the like as the model's pixels (3, height, width).
+
+        Raises:
+            PictureError: if it cannot be read.
+        """
+        with PIXELS.bounded():
+            return self._transform(load_picture(source))
+
+    def __call__(
+        self,
+        pictures: Sequence[torch.Tensor],
+        labels: Sequence[str] | str,
+        *,
+        hypothesis_template: str | Sequence[str] | None = None,
+        top_k: int | None = None,
+        **kwargs: Any,
+    ) -> list[list[dict[str, Any]]]:
+        """Labels with their scores for each picture, best first; arguments as of this package's pipeline.
+
+        A model that shares out 100 % among the labels (softmax) gives no `sigmoid`.
+        """
+        names, templates = parse_labels(labels), parse_templates(hypothesis_template or DEFAULT_TEMPLATE)
+        if not pictures:
+            return []
+        texts = [[template.format(label_words(name)) for template in templates] for name in names]
+        cosines = self._cosines(pictures, self._embeds(texts))  # (B, C)
+        logits = self._logits(cosines)
+        scores = [score for score in SCORES if score != "sigmoid" or self.reads_as == "sigmoid"]
+        return [ranked(*rows, names, scores, top_k) for rows in zip(cosines, logits, strict=True)]
 
     @torch.inference_mode()
-    def logits(self, picture: Image.Image, texts: Sequence[str], languages: Languages = None) -> torch.Tensor:
-        pixels = self._transform(picture).unsqueeze(0).to(self._device)  # (1, 3, height, width)
-        image = self._model.encode_image(pixels, normalize=True)[0]  # (E,)
-        input_ids = torch.cat(list(self._tokens(texts, languages)))  # (C, L)
-        embeds = self._model.encode_text(input_ids.to(self._device), normalize=True)  # (C, E)
-        logits = embeds @ image * self._model.logit_scale.exp()
-        if self.reads_as == "sigmoid":
-            logits = logits + self._model.logit_bias
-        return logits.float().cpu()
+    def _cosines(self, pictures: Sequence[torch.Tensor], embeds: torch.Tensor) -> torch.Tensor:
+        """Of B pictures (3, height, width) and embeddings (C, E): (B, C), float32 on the CPU."""
+        pixels = torch.stack(list(pictures)).to(self._device)  # (B, 3, height, width)
+        return (self._model.encode_image(pixels, normalize=True) @ embeds.T).float().cpu()
 
-    def _tokens(self, texts: Sequence[str], languages: Languages) -> Iterator[torch.Tensor]:
+    @torch.inference_mode()
+    def _logits(self, cosines: torch.Tensor) -> torch.Tensor:
+        logits = cosines * self._model.logit_scale.exp().to(cosines)
+        return logits + self._model.logit_bias.to(cosines) if self.reads_as == "sigmoid" else logits
+
+    @torch.inference_mode()
+    def _embeds(self, texts: Sequence[Sequence[str]], languages: Languages = None) -> torch.Tensor:
+        """One embedding (C, E) for each of C groups of T texts: their mean, at length 1. The last ones are kept."""
+        asked = (texts, languages)
+        if (last := self._last) is not None and last[0] == asked:
+            return last[1]
+        flat = [text for group in texts for text in group]
+        codes = [code for code, group in zip(languages or [None] * len(texts), texts, strict=True) for _ in group]
+        input_ids = torch.cat(list(self._tokens(flat, codes)))  # (C * T, L)
+        rows = self._model.encode_text(input_ids.to(self._device), normalize=True)
+        means = torch.nn.functional.normalize(rows.unflatten(0, (len(texts), -1)).mean(dim=1), dim=-1)
+        self._last = (asked, means)
+        return means
+
+    def _tokens(self, texts: Sequence[str], languages: Sequence[str | None]) -> Iterator[torch.Tensor]:
         """Token ids (n, L) of each run of texts in one language."""
-        for language, run in groupby(zip(languages or [None] * len(texts), texts, strict=True), key=itemgetter(0)):
-            if language and hasattr(self._tokenizer, "set_lang_fn"):
-                self._tokenizer.set_language(language)
-            yield self._tokenizer([text for _, text in run])
+        for language, run in groupby(zip(languages, texts, strict=True), key=itemgetter(0)):
+            with self._one_language:
+                if self._inner is not None:
+                    # Also where no language is given, or the tokenizer would keep the one before.
+                    self._check_language(code := language or self._language)
+                    self._inner.src_lang = code
+                input_ids = self._tokenizer([text for _, text in run])
+            yield input_ids
+
+    def _check_language(self, code: str | None) -> None:
+        """Refuses a language that this model was not trained on: the tokenizer would begin its texts with <unk>."""
+        if self._inner is None:
+            raise ValueError(f"language={code!r}: the tokenizer of {self.source!r} is told no language; leave it out.")
+        if self._inner.convert_tokens_to_ids(code) in (None, self._inner.unk_token_id):
+            raise ValueError(
+                f"language={code!r} is none of this model's; write a code of FLORES-200, such as kor_Hang."
+            )
 
 
 def load_scorer(name: str, device: str | None = None) -> Scorer:

@@ -66,6 +66,10 @@ def classify(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures in one forward.")] = 8,
     max_pixels: MaxPixels = None,
     label_bank: LabelBankFolder = None,
+    language: Annotated[
+        str | None,
+        typer.Option(help="Of the labels, for NLLB-CLIP (--model open_clip:...): a code of FLORES-200, like kor_Hang."),
+    ] = None,
     device: Device = None,
     fast: Annotated[
         bool, typer.Option(help="On a CPU: packed weights, bfloat16 where the CPU has it; scores rounded to that.")
@@ -78,6 +82,7 @@ def classify(
     With --head, the probability of each class that was learned, and "unknown" for what is like none of them.
     """
     from siglip_hf import default_checkpoint
+    from siglip_hf.apps.scorers import OPEN_CLIP, OpenClipScorer
     from siglip_hf.data.sources import find_pictures
     from siglip_hf.inference.classify import (
         accuracy,
@@ -104,6 +109,11 @@ def classify(
     for name, value in others.items():
         if head is not None and value is not None:
             raise ValueError(f"{name} and --head are both given; a head has its own tower and its own classes.")
+    open_clip = model is not None and model.startswith(OPEN_CLIP)
+    if language is not None and not open_clip:
+        raise ValueError(f"--language {language} is for a model of open_clip (--model open_clip:...); leave it out.")
+    if open_clip and label_bank is not None:
+        raise ValueError("--label-bank keeps labels of SigLIP models, and --model is one of open_clip; leave it out.")
     if head is not None and template:
         raise ValueError("--template and --head are both given; a head compares with pictures, not with texts.")
     right = read_truth_file(truth) if truth else None
@@ -131,10 +141,13 @@ def classify(
             progress.update(task, description="classifying", total=len(sources))
             results = classify_with_head(learned, sources, **common)
         else:
+            classifier: Any
             if onnx is not None:
                 from siglip_hf.integrations.onnx import onnx_classifier
 
                 classifier = onnx_classifier(onnx)
+            elif open_clip:
+                classifier = OpenClipScorer(str(model), device, language)
             else:
                 classifier = load_classifier(model or default_checkpoint(), device, fast, label_bank)
                 embedded_note(model)()

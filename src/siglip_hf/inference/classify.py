@@ -132,7 +132,7 @@ def classify_files(
     """Scores pictures against labels. A picture that cannot be read costs only itself.
 
     Args:
-        classifier: the pipeline.
+        classifier: the pipeline, or what prepares pictures and answers as it does.
         sources: paths and URLs.
         labels: as the pipeline takes them.
         templates: texts with `{}` for the label, averaged; the pipeline's default if None or empty.
