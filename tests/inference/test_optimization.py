@@ -326,15 +326,15 @@ def test_bfloat16_falls_back_to_float32(model, monkeypatch):
 
 def test_a_product_that_oneDNN_refuses_leaves_the_plain_model(model, monkeypatch):
     want, state = embed(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    made = []
+    made, pack = [], PackedBlock.__init__
 
-    def pack(block, int8):
+    def refuse_the_second(self, block, int8):
         made.append(block)
         if len(made) == 2:
             raise RuntimeError("could not create a primitive\nmore")
-        return PackedBlock(block, int8)
+        pack(self, block, int8)
 
-    monkeypatch.setattr(optimization, "PackedBlock", pack)
+    monkeypatch.setattr(PackedBlock, "__init__", refuse_the_second)
     siglip_hf.optimize(model, torch.float32)
     assert model.optimization.packed_blocks == 0
     assert "not in float32: could not create a primitive" in model.optimization.notes

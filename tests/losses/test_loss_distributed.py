@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from test_loss import dense_loss, make_inputs, relative_error
 from torch import nn
 
+from siglip_hf.losses import ring
 from siglip_hf.losses.sigmoid import sigmoid_loss
 
 WORLD = 4
@@ -239,3 +240,37 @@ def test_inside_a_compiled_step(found):
         loss, own = found[rank]["compiled"]
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
         assert relative_error(own / WORLD, grad.split(4)[rank].double()) < 1e-5
+
+
+def test_messages_are_on_their_way_while_tiles_are_computed(monkeypatch):
+    """A device with a stream for messages (NCCL has one) then computes meanwhile: the order in which both are begun."""
+    order = []
+
+    class Message:
+        def wait(self):
+            order.append("wait")
+
+    class Pair:
+        """The first of two processes; what comes in is left as it is."""
+
+        rank, world = 0, 2
+
+        def __init__(self, group):
+            pass
+
+        def pass_on(self, messages):
+            order.append(f"begin {len(messages)}")
+            return [Message()] if messages else []
+
+    class Noting(ring.Tiles):
+        def add(self, texts, share, **options):
+            order.append("tiles")
+            super().add(texts, share, **options)
+
+    monkeypatch.setattr(ring, "_Ring", Pair)
+    monkeypatch.setattr(ring, "Tiles", Noting)
+    monkeypatch.setattr(dist, "all_reduce", lambda totals, group: None)
+    images, texts, scale, bias = (value.detach() for value in make_inputs(5, 8))
+    ring._loss_and_gradients(images, texts, scale[0], bias, None, 2, [True] * 4, None, [5, 5])
+    # The next block of texts; then the gradients of this one; at last they go home.
+    assert order == ["begin 1", "tiles", "wait", "begin 1", "tiles", "wait", "begin 1", "wait"]

@@ -47,15 +47,15 @@ def _nobody() -> None:
     """The reference of a parameter that no one holds."""
 
 
-def is_packable(block: nn.Module) -> bool:
-    """Whether a block is a plain one on the CPU, without hooks, adapters or quantized weights."""
+def is_packable(block: nn.Module, device: str = "cpu") -> bool:
+    """Whether a block is a plain one on a type of device, without hooks, adapters or quantized weights."""
     if type(block) is not SiglipEncoderLayer or block.packed is not None:
         return False
     hooked = any(
         module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__ for module in block.modules()
     )
     return not hooked and all(
-        is_plain_linear(linear) and linear.weight.device.type == "cpu" for linear in linears(block)
+        is_plain_linear(linear) and linear.weight.device.type == device for linear in linears(block)
     )
 
 
@@ -190,13 +190,17 @@ class PackedBlock:
         int8: Multiply by the weights in int8; they cannot be had back then.
     """
 
+    linear: type[PackedLinear] = PackedLinear
+    kind = "on oneDNN with packed weights; nothing is compiled, so nothing warms up"
+
     def __init__(self, block: SiglipEncoderLayer, int8: bool = False):
         attention, mlp = block.self_attn, block.mlp
         self.block, self.layers = block, linears(block)
         self.dtype = dtype = mlp.fc1.weight.dtype
+        self.device = mlp.fc1.weight.device
         self.num_heads, self.scale = attention.num_heads, attention.scale
         self.intermediate_size = mlp.config.intermediate_size
-        linear = Int8Linear if int8 else PackedLinear
+        linear = Int8Linear if int8 else self.linear
         self.qkv = linear(attention.q_proj, attention.k_proj, attention.v_proj, dtype=dtype)
         self.out = linear(attention.out_proj, dtype=dtype)
         self.fc1 = linear(mlp.fc1, dtype=dtype, activation=mlp.config.hidden_act)
@@ -225,11 +229,11 @@ class PackedBlock:
         """Whether the packed pass gives what the plain one would, but for rounding."""
         return (
             hidden_states.dtype == self.dtype
-            and attn_implementation != "eager"
+            and attn_implementation in (None, "sdpa")
             and not (torch.is_grad_enabled() and (hidden_states.requires_grad or self.is_trainable))
-            and not torch.is_autocast_enabled("cpu")
+            and not torch.is_autocast_enabled(self.device.type)
             and not (self.block.training and self.block.self_attn.dropout)
-            and hidden_states.device.type == "cpu"
+            and hidden_states.device == self.device
             and all(
                 modules.get(name) is part
                 and part is not None
@@ -269,7 +273,7 @@ class PackedBlock:
             self.block.packed = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackedBlock:
-        memo[id(self)] = copied = object.__new__(PackedBlock)
+        memo[id(self)] = copied = object.__new__(type(self))
         copied.__dict__.update(self.__dict__)
         copied.__dict__.pop("_parts", None)
         copied.block, copied.layers, copied.given_up = copy.deepcopy((self.block, self.layers, self.given_up), memo)
