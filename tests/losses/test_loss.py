@@ -1,5 +1,7 @@
 """The loss of one process against the plain formula in double precision."""
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -245,6 +247,33 @@ def test_no_matrix_of_all_pairs():
         walk.add(texts, torch.zeros_like(texts), bias_grad=True, aligned=True, image_ids=ids, text_ids=ids)
     assert len(sizes) > (batch // chunk) ** 2
     assert max(sizes) == batch * width
+
+
+def test_gradients_in_16_bits_are_never_there_twice():
+    """Beside the sums in float32 of images and texts there is less than one tensor of 16 bits, but for tiles."""
+    live, peak = {}, 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal peak
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result._base is None:
+                live[id(result)] = weakref.ref(result)
+            alive = [value for reference in live.values() if (value := reference()) is not None]
+            peak = max(peak, sum(value.nbytes for value in {value.data_ptr(): value for value in alive}.values()))
+            return result
+
+    batch, width, chunk = 512, 32, 16
+    images, texts, scale, bias = (value.detach() for value in make_inputs(batch, width, dtype=torch.bfloat16))
+    with Watch():
+        walk = Tiles(images, scale[0], bias, chunk, image_grad=True)
+        text_sum = torch.zeros_like(texts, dtype=torch.float32)
+        walk.add(texts, text_sum, bias_grad=True, aligned=True)
+        image_grad = walk.take_image_grad(walk.scale)
+    assert image_grad.dtype == torch.bfloat16
+    assert walk.image_grad is None
+    sums, tiles_and_rest = 2 * 4 * batch * width, 16 * 1024
+    assert sums <= peak < sums + tiles_and_rest
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def _loss_and_gradients(
     factor = walk.scale * (ring.world / batch)
     stored = stored_dtype(images.dtype)
     none = images.new_empty(0)
-    image_out = walk.image_grad.mul_(factor).to(stored) if image_grad and walk.image_grad is not None else none
+    image_out = walk.take_image_grad(factor) if image_grad else none
     text_out = text_sum.mul_(factor).to(stored) if text_grad else none
     return loss, image_out, text_out, *scalars
 

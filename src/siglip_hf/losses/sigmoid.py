@@ -175,8 +175,7 @@ def _local_loss(
         grads[3] = (walk.bias_sum / batch).to(walk.dtype)
     stored = stored_dtype(image_embeds.dtype)
     if image_grad:
-        assert walk.image_grad is not None
-        grads[0] = walk.image_grad.mul_(walk.scale / batch).to(stored)
+        grads[0] = walk.take_image_grad(walk.scale / batch)
     walk.image_grad = None
     if texts_sum is not None:
         grads[1] = texts_sum.mul_(walk.scale / batch).to(stored)

@@ -19,8 +19,9 @@ logger = logging.get_logger(__name__)
 class Tiles:
     """Sums over the pairs of images with one or more blocks of texts, and the unscaled gradients of the loss.
 
-    With G_ij the derivative of the summed loss in z_ij, `add` leaves in `image_grad` the sum over blocks of G @ texts,
-    in the caller's `text_grad` G^T @ images, and in `loss_sum` and `bias_sum` the sums of the loss and of G.
+    With G_ij the derivative of the summed loss in z_ij, `add` leaves in `image_grad` the sum over blocks of G @ texts
+    (a tensor for each `chunk_size` rows), in the caller's `text_grad` G^T @ images, and in `loss_sum` and `bias_sum`
+    the sums of the loss and of G.
     """
 
     def __init__(self, images: Tensor, logit_scale: Tensor, logit_bias: Tensor, chunk_size: int, image_grad: bool):
@@ -30,7 +31,15 @@ class Tiles:
         self.scale = logit_scale.to(self.dtype).exp()
         self.bias = logit_bias.detach().to(self.dtype)
         self.chunk_size = chunk_size
-        self.image_grad = torch.zeros_like(images, dtype=self.dtype) if image_grad else None
+        self.image_grad: list[Tensor] | None = None
+        self._whole: Tensor | None = None
+        if image_grad:
+            # Gradients stored in another dtype: a tensor per row of tiles, so that both are never there as a whole.
+            if stored_dtype(images.dtype) == self.dtype:
+                self._whole = torch.zeros_like(self.images, dtype=self.dtype)
+                self.image_grad = list(self._whole.split(chunk_size))
+            else:
+                self.image_grad = [torch.zeros_like(part, dtype=self.dtype) for part in self.images.split(chunk_size)]
         # A million pairs make thousands of tiles: their sums are added in double precision where the device has it.
         wide = self.dtype if images.device.type == "mps" else torch.float64
         self.loss_sum = torch.zeros((), dtype=wide, device=images.device)
@@ -129,17 +138,26 @@ class Tiles:
     ) -> None:
         """Add what the derivatives (R, C) of one tile give for its images (R, E) and texts (C, E)."""
         if self.image_grad is not None:
-            _add_product(self.image_grad[top : top + len(images)], weights, texts)
+            _add_product(self.image_grad[top // self.chunk_size], weights, texts)
         if text_grad is not None:
             _add_product(text_grad[left : left + len(texts)], weights.t(), images)
 
-    def scale_sum(self, embeds: Tensor, embed_grad: Tensor) -> Tensor:
+    def scale_sum(self, embeds: Tensor, embed_grad: Tensor | list[Tensor]) -> Tensor:
         """Sum of G_ij * d z_ij / d logit_scale, as sum_i <embeds_i, embed_grad_i> * exp(logit_scale): no B x B pass."""
         total = torch.zeros_like(self.loss_sum)
-        for top in range(0, len(embeds), self.chunk_size):
-            part = slice(top, top + self.chunk_size)
-            total += (embeds[part] * embed_grad[part]).sum(dtype=total.dtype)
+        grads = embed_grad.split(self.chunk_size) if isinstance(embed_grad, Tensor) else embed_grad
+        for part, grad in zip(embeds.split(self.chunk_size), grads, strict=True):
+            total += (part * grad).sum(dtype=total.dtype)
         return total * self.scale
+
+    def take_image_grad(self, factor: Tensor) -> Tensor:
+        """The gradient (B, E) times a factor, as it is stored until backward; nothing is left here."""
+        parts, self.image_grad = self.image_grad, None
+        assert parts is not None
+        stored = stored_dtype(self.images.dtype)
+        for index, part in enumerate(parts):
+            parts[index] = part.mul_(factor).to(stored)
+        return torch.cat(parts) if self._whole is None else self._whole
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
