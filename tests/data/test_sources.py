@@ -85,7 +85,7 @@ def test_named_columns_lists_and_empty_rows(tmp_path):
     assert source.unused == ["t:1: an empty row"]
     with pytest.raises(ValueError, match=r"has no column 'caption'; it has pic, says, kind"):
         open_source(path, caption_column="caption")
-    with pytest.raises(ValueError, match=r"known by its name; it has pic, says, kind"):
+    with pytest.raises(ValueError, match=r"known by its name; it has pic, says, kind. Give .* --image-column NAME"):
         open_source(path)
 
 

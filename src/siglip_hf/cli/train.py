@@ -99,6 +99,7 @@ def _print_report(report: TrainReport, output: str) -> None:
     console().print(table)
     done = "finished before" if report.finished_before else f"{report.seconds:.0f} s"
     resumed = f", resumed at step {report.resumed_from}" if report.resumed_from else ""
-    print(f"{report.pairs} pairs, {report.steps} steps of {report.batch_size}, {done}{resumed}")
+    steps = "1 step" if report.steps == 1 else f"{report.steps} steps"
+    print(f"{report.pairs} pairs, {steps} of {report.batch_size}, {done}{resumed}")
     print(f"recall on {report.evaluated}; {len(report.skipped)} skipped")
     print(f"checkpoint: {output}")

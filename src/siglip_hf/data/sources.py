@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 # Column names that data sets in use have, most telling first.
-IMAGE_COLUMNS = ("image", "image_path", "file_name", "filepath", "path", "file", "img", "image_url", "url")
+IMAGE_COLUMNS = ("image", "image_path", "file_name", "filepath", "path", "file", "img", "picture", "image_url", "url")
 CAPTION_COLUMNS = ("caption", "captions", "text", "texts", "sentences", "description", "prompt")
 LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category")
 
@@ -167,8 +167,8 @@ class Source(Sequence[Record]):
             wanted = " and ".join({"captions": "a caption", "label": "a label", "image": "a picture"}[p] for p in parts)
             raise ValueError(
                 f"{self.name}: none of {len(self)} entries has {wanted}. Captions and labels come from columns of a "
-                "table (name them if they are called otherwise), a metadata.csv beside the pictures, a .txt file "
-                "beside each picture, or class folders."
+                "table (one with another name is given as with --image-column NAME, or image_column= in Python), a "
+                "metadata.csv beside the pictures, a .txt file beside each picture, or class folders."
             )
         dropped = [
             f"{record.id}: {record.error or 'no ' + ' and no '.join(missing[record.id])}"
@@ -336,7 +336,7 @@ class _Columns(NamedTuple):
         if chosen.image is None and chosen.caption is None:
             raise ValueError(
                 f"{name} has no column of pictures or texts that is known by its name; it has {', '.join(present)}. "
-                "Say which to read."
+                "Give their names, as with --image-column NAME, or image_column= in Python."
             )
         return chosen
 
