@@ -1,4 +1,4 @@
-"""The drawing of the floors is that of today's imports, and "A day in the house" names files and code that exist."""
+"""The drawing of the floors is that of today's imports; "From the call to the score" names files and code that exist."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from siglip_hf.cli.common import console, embedded_note, no_library_progress, progress_bar
+from siglip_hf.cli.common import console, counted, embedded_note, no_library_progress, progress_bar
 from siglip_hf.training.settings import TrainSettings, read_config
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _print_report(report: TrainReport, output: str) -> None:
     console().print(table)
     done = "finished before" if report.finished_before else f"{report.seconds:.0f} s"
     resumed = f", resumed at step {report.resumed_from}" if report.resumed_from else ""
-    steps = "1 step" if report.steps == 1 else f"{report.steps} steps"
+    steps = counted(report.steps, "step")
     print(f"{report.pairs} pairs, {steps} of {report.batch_size}, {done}{resumed}")
     print(f"recall on {report.evaluated}; {len(report.skipped)} skipped")
     print(f"checkpoint: {output}")
