@@ -1,4 +1,4 @@
-"""The drawing of the floors is that of today's imports; "From the call to the score" names files and code that exist."""
+"""The drawing of the floors is that of today's imports; how_it_works.md names files and code that exist."""
 
 from __future__ import annotations
 
