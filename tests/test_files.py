@@ -101,6 +101,12 @@ def test_a_full_disk_in_the_words_of_other_libraries(tmp_path, error):
         raise RuntimeError("I/O error: Permission denied (os error 13)")
 
 
+def test_a_manifest_that_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(OSError, match="a FIFO, socket or device, not a file"):
+        files.read_sealed_json(tmp_path / "manifest.json")
+
+
 def test_two_that_write_one_file_do_not_meet(tmp_path):
     path = tmp_path / "a.txt"
     with files.new_file(path) as one:

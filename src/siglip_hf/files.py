@@ -220,7 +220,7 @@ def read_sealed_json(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: if the file cannot be read.
         ValueError: if it is no JSON object, or not as it was written.
     """
-    text = Path(path).read_bytes().decode("utf-8")
+    text = read_regular_file(path).decode("utf-8")
     content = parse_json(text)
     if not isinstance(content, dict):
         raise ValueError("it does not hold an object")

@@ -247,7 +247,13 @@ def test_a_damaged_export_is_one_clear_error(exported, tmp_path):
     (folder / "vision.onnx").write_bytes(whole[: len(whole) // 3])
     with pytest.raises(ValueError, match=r"ONNX Runtime cannot load .*vision\.onnx: "):
         OnnxSiglip(folder)
-    for old, new, message in ((b"image_size", b"image_sizf", "lack image_size"), (b"[32, 32]", b"[32, 32 ", "damaged")):
+    scale = json.dumps(exported[2].metadata["logit_scale"]).encode()
+    for old, new, message in (
+        (b"image_size", b"image_sizf", "lack image_size"),
+        (b"[32, 32]", b"[32, 32 ", "damaged"),
+        (scale, b'"' + scale[2:] + b'"', "damaged: logit_scale is no number"),
+        (scale, b"NaN" + b" " * (len(scale) - 3), "damaged: logit_scale is no number"),
+    ):
         assert old in whole
         (folder / "vision.onnx").write_bytes(whole.replace(old, new))
         with pytest.raises(ValueError, match=message):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -224,6 +226,19 @@ def test_what_cannot_be_learned_is_said_before_any_work(tmp_path, shapes, each, 
     with pytest.raises(ValueError, match=named):
         siglip_hf.learn(write_classes(tmp_path / "few", each, shapes), tmp_path / "mine")
     assert not (tmp_path / "mine.emb").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("learned_head", [1]), ("learned_head", {"unknown_below": "x"}), ("id2label", {"0": "a", "7": "b"})],
+)
+def test_a_damaged_configuration_is_named(learned, tmp_path, name, value):
+    folder = Path(shutil.copytree(learned[1], tmp_path / "head"))
+    config = json.loads((folder / "config.json").read_text())
+    (config if name in config else config["vision_config"])[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"damaged|cannot load"):
+        siglip_hf.load_head(folder)
 
 
 def test_a_joint_checkpoint_is_no_head():

@@ -25,12 +25,24 @@ class HeadClassifier:
     """
 
     def __init__(self, model: Any, image_processor: Any) -> None:
+        """Takes a model and its image processor.
+
+        Raises:
+            ValueError: if the configuration does not name each class, or its threshold is no number.
+        """
         self.model, self.image_processor = model, image_processor
         if model.is_learned:
             model.classifier.float()  # it costs nothing, and close probabilities stay apart
-        self.labels = [model.config.id2label[number] for number in range(model.num_labels)]
-        tower = getattr(model.config, "vision_config", model.config)
-        self.unknown_below: float | None = (tower.learned_head or {}).get("unknown_below")
+        names, tower = model.config.id2label, getattr(model.config, "vision_config", model.config)
+        learned = tower.learned_head or {}
+        below = learned.get("unknown_below") if isinstance(learned, dict) else learned
+        if set(names) != set(range(model.num_labels)) or not isinstance(below, float | None):
+            raise ValueError(
+                f"config.json of the classifier is damaged: id2label has {sorted(names)[:20]}, unknown_below is "
+                f"{below!r:.100}; make it again with `siglip-hf learn`."
+            )
+        self.labels = [names[number] for number in range(model.num_labels)]
+        self.unknown_below: float | None = below
 
     def prepare(self, picture: Any) -> Mapping[str, torch.Tensor]:
         """Inputs of the model for one picture; may run in a thread.

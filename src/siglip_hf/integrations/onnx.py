@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ from torch import nn
 
 from siglip_hf import extras
 from siglip_hf._version import __version__
-from siglip_hf.files import check_output_folder, first_line, new_folder
+from siglip_hf.files import check_output_folder, first_line, new_folder, parse_json
 from siglip_hf.loading import from_checkpoint, load_model, load_processor
 from siglip_hf.models.configuration_siglip import SiglipConfig, as_pair
 
@@ -182,11 +183,14 @@ class OnnxSiglip(nn.Module):
         sessions = {tower: open_session(folder / file, providers, num_threads) for tower, file in _FILES.items()}
         properties = sessions["vision"].get_modelmeta().custom_metadata_map
         try:
-            self.metadata: dict[str, Any] = {key: json.loads(value) for key, value in properties.items()}
+            self.metadata: dict[str, Any] = {key: parse_json(value) for key, value in properties.items()}
         except ValueError as error:
             raise ValueError(f"the metadata of {folder / _FILES['vision']} are damaged: {error}") from error
         if lacking := {"image_size", "text_length", "logit_scale", "logit_bias"} - self.metadata.keys():
             raise ValueError(f"the metadata of {folder / _FILES['vision']} lack {', '.join(sorted(lacking))}")
+        for name in ("logit_scale", "logit_bias"):
+            if not (isinstance(self.metadata[name], int | float) and math.isfinite(self.metadata[name])):
+                raise ValueError(f"the metadata of {folder / _FILES['vision']} are damaged: {name} is no number")
         self.vision_model = _OnnxTower(sessions["vision"])
         self.text_model = _OnnxTower(sessions["text"])
         self.logit_scale = nn.Buffer(torch.tensor([self.metadata["logit_scale"]]))
