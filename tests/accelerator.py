@@ -3,7 +3,7 @@
 PyTorch sees tensors of another device, which mix with the CPU's as little as CUDA's do. What would block the host is
 noted: copies that are not `non_blocking`, values that Python reads, shapes that depend on values, waiting for an event.
 What is fetched without waiting arrives when the host waits for an event that was recorded after it, and not before.
-The name "gpu" is defined by `install`, for the rest of the process.
+To import this defines the name "gpu" for the rest of the process, and has to come before siglip_hf.
 """
 
 from __future__ import annotations
@@ -202,6 +202,12 @@ class Accelerator(TorchDispatchMode):
             made = func(*args, **kwargs)
             self._pinned.add(made.untyped_storage().data_ptr())
             return made
+        if not own and func is aten.is_pinned.default:
+            return self._is_pinned(args[0])
+        if not own and func is aten._pin_memory.default:
+            made = args[0].clone()
+            self._pinned.add(made.untyped_storage().data_ptr())
+            return made
         if not own and (wanted is None or wanted.type != NAME):
             return func(*args, **kwargs)
         if func is aten.copy_.default:
@@ -283,6 +289,19 @@ def _indexed(device: torch.device) -> torch.device:
     return torch.device(NAME, 0) if device == torch.device(NAME) else device
 
 
-def install() -> None:
-    """Makes the name "gpu" known to PyTorch, for the rest of the process."""
-    torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME)
+class _Module(torch.utils.backend_registration._DummyBackendModule):
+    """What `torch.cuda` is to CUDA."""
+
+    def get_rng_state(self, device: Any = None) -> torch.Tensor:
+        return torch.get_rng_state()
+
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+    def set_rng_state(self, state: torch.Tensor, device: Any = None) -> None:
+        torch.set_rng_state(state)
+
+
+torch.utils.backend_registration._setup_privateuseone_for_python_backend(NAME, _Module())
+# Inference mode takes no views of subclasses.
+torch.inference_mode = lambda mode=True: torch.set_grad_enabled(not mode)  # type: ignore[misc, assignment]

@@ -50,6 +50,14 @@ def copies_by_itself(device: torch.device) -> bool:
     return device.type in _PINNED
 
 
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """The tensor on a device; the host does not wait for the copy where the device can do it by itself."""
+    by_itself = copies_by_itself(device)
+    if by_itself and tensor.device.type == "cpu" and not torch.compiler.is_compiling():
+        tensor = tensor.pin_memory()  # from other memory it would wait; PyTorch keeps it until it has been copied
+    return tensor.to(device, non_blocking=by_itself)
+
+
 def one_torch_thread() -> None:
     """Lets torch use one thread in the thread that calls this, for the rest of its life; all others keep theirs.
 

@@ -166,20 +166,6 @@ def test_a_model_that_is_no_siglip(tmp_path):
         SiglipEmbedder(tmp_path)
 
 
-def test_an_accelerator_gets_the_same_batches(checkpoint, pictures, expected, monkeypatch):
-    ahead = SiglipEmbedder(checkpoint, device="cpu", dtype="float32", batch_size=10, fast=False, workers=2)
-    monkeypatch.setattr(ahead, "device", torch.device("cuda"))  # decode ahead of the tower, as for a GPU
-    shapes, encode = [], ahead.model.encode_image
-
-    def encode_images(inputs):
-        shapes.append(tuple(inputs["pixel_values"].shape))
-        return encode(**inputs).detach().numpy()
-
-    monkeypatch.setattr(ahead, "encode_images", encode_images)
-    np.testing.assert_allclose(ahead.embed_images(pictures), expected, atol=1e-5)
-    assert shapes == [(10, 3, 32, 32), (10, 3, 32, 32), (1, 3, 32, 32)]
-
-
 def test_a_thread_that_starts_while_another_embeds_keeps_its_torch_threads(checkpoint, pictures, monkeypatch):
     embedder = SiglipEmbedder(checkpoint, device="cpu", batch_size=10, fast=False, workers=2)
     prepare, inside, beside = embedder.prepare_images, set(), set()

@@ -24,7 +24,7 @@ from siglip_hf import (
     Siglip2VisionModel,
     SiglipModel,
 )
-from siglip_hf.models.naflex import pack, resize_weights, resized_positions
+from siglip_hf.models.naflex import Seen, pack, resize_weights, resized_positions
 from tiny import shaken
 from tiny import tiny_config as tiny_fixed_config
 from tiny_siglip2 import LENGTH, NAFLEX_VISION, SHAPES, stock_pair, tiny_config, tiny_pictures, tiny_texts
@@ -261,14 +261,16 @@ def test_flash_attention_skips_the_padding():
     with torch.no_grad():
         expected = vision(**inputs).pooler_output
         vision.set_attn_implementation("flash_attention_2")
-        actual = vision(**inputs).pooler_output
-    assert nn.functional.cosine_similarity(actual.float(), expected.float()).min() > 0.999
+        found = [vision(**inputs, packed=packed).pooler_output for packed in (False, True)]
+    for actual in found:
+        assert nn.functional.cosine_similarity(actual.float(), expected.float()).min() > 0.999
 
 
-def test_packing_refuses_flash_attention():
-    config = SimpleNamespace(_attn_implementation="flash_attention_2")
-    with pytest.raises(ValueError, match=r"packed=True needs .*eager, sdpa, flex_attention, not 'flash_attention_2'"):
-        Siglip2VisionModel._pack(config, torch.tensor(SHAPES), None)
+def test_packing_refuses_attention_without_masks_and_lengths():
+    config = SimpleNamespace(_attn_implementation="paged|eager")
+    seen = Seen.of(torch.tensor(SHAPES), None)
+    with pytest.raises(ValueError, match=r"needs one of .*eager, sdpa, flex_attention, or flash .* not 'paged\|eager'"):
+        Siglip2VisionModel._pack(config, seen)
 
 
 def test_gradients_through_packing_equal_those_of_the_padded_batch():

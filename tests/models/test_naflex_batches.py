@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import siglip_hf
-from host_reads import HostReads
 from peers import families
 from siglip_hf.models import modeling_siglip2, naflex
 from tiny_siglip2 import LENGTH, SHAPES, tiny_pictures
@@ -66,50 +65,35 @@ def test_a_picture_without_a_patch_cannot_be_packed(model):
 # The host and the device
 
 
-def host_reads(run, inputs, on_host=()) -> int:
-    """How often the host waits for the device in `run(**inputs)`, where the inputs lie on the device."""
-    with torch.no_grad(), HostReads() as reads:
-        inputs = {name: reads.host(value) if name in on_host else value for name, value in inputs.items()}
-        run(**inputs)
-    return reads.count
-
-
-def test_the_counter_counts():
-    tensor = torch.ones(2)
-    with HostReads() as reads:
-        assert torch.tensor([1, 2]).sum().item() == 3  # made on the host
-        assert reads.count == 0
-        assert tensor.tolist() == [1, 1]
-        assert tensor.cpu().tolist() == [1, 1]
-        assert tensor.sum() > 1
-    assert reads.count == 3
-
-
 @pytest.mark.parametrize(
-    ("options", "reads"),
-    [
-        ({}, 2),  # shapes and mask
-        ({"packed": False}, 2),
-        ({"packed": True}, 2),
-        ({"pixel_attention_mask": None}, 1),
-        ({"pixel_attention_mask": None, "packed": True}, 1),
-        ({"pixel_attention_mask": None, "packed": False}, 1),
-    ],
+    ("call", "reads"),
+    [("encode_image", 1), ("features", 1), ("classifier", 1), ("encode_image without a mask", 1), ("a list", 0)],
 )
-def test_each_input_is_read_once(model, options, reads):
-    inputs = tiny_pictures() | {key: value for key, value in options.items() if key != "packed"}
-    inputs = {key: value for key, value in inputs.items() if value is not None}
-    packed = {key: value for key, value in options.items() if key == "packed"}
-    assert host_reads(lambda **given: model.encode_image(**given, **packed), inputs) == reads
+@pytest.mark.parametrize("packed", ["by itself", "packed", "padded"])
+def test_the_host_waits_once_for_shapes_and_mask(on_accelerator, call, reads, packed):
+    told = on_accelerator["naflex"]
+    facts = told[f"{call}, {packed}"]
+    assert (facts["fetchs"], facts["reads"], facts["blocking"]) == (reads, 0, reads)
+    assert facts["apart"] < 1e-5
     # Shapes and masks that have stayed on the host, as the image processor made them, are read there.
-    on_host = ("spatial_shapes", "pixel_attention_mask")
-    assert host_reads(lambda **given: model.encode_image(**given, **packed), inputs, on_host) == 0
+    facts = told[f"{call}, {packed}, on the host"]
+    assert (facts["fetchs"], facts["reads"], facts["blocking"]) == (0, 0, 0)
+    assert facts["pinned"]
+    assert facts["sends"] <= 3  # shapes, mask, and all places of packed rows together
+    assert facts["apart"] < 1e-5
+
+
+@pytest.mark.parametrize("call", ["Siglip2Model", "Siglip2Model packed", "SiglipModel"])
+def test_a_tower_split_over_devices(on_accelerator, call):
+    facts = on_accelerator["split"][call]
+    assert facts["devices"] == ["cpu", "gpu:0", "gpu:1"]
+    assert facts["apart"] < 1e-5
 
 
 def test_the_rows_are_laid_out_once(model, monkeypatch):
     calls = []
     for module in (naflex, modeling_siglip2):
-        monkeypatch.setattr(module, "pack", lambda *args: calls.append(args) or naflex_pack(*args))
+        monkeypatch.setattr(module, "pack", lambda *args, **kwargs: calls.append(args) or naflex_pack(*args, **kwargs))
     inputs = tiny_pictures()
     model.encode_image(**inputs)
     del inputs["pixel_attention_mask"]

@@ -463,6 +463,18 @@ def test_mixed_precision_reaches_the_loss(checkpoint, data, tmp_path, monkeypatc
     assert 0 < error < tolerance
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_step_that_overflows_in_float16_is_left_out(checkpoint, data, tmp_path, accumulation):
+    options = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    trainer = make_trainer(checkpoint, data, tmp_path, max_steps=1, bf16=True, **options)
+    trainer.accelerator.state._mixed_precision = "fp16"
+    scaler = trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    before = weights(trainer)
+    trainer.train()
+    assert largest_difference(weights(trainer), before) == 0
+    assert scaler.get_scale() == 2.0**59
+
+
 @pytest.mark.parametrize("steps", [5, 6])
 def test_a_finished_run_takes_no_step(checkpoint, data, tmp_path, steps):
     # Epochs of 3 steps: the end in the middle of one, and at the end of one.

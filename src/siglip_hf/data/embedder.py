@@ -6,7 +6,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from siglip_hf.files import parse_json, sha256_of_files
 from siglip_hf.inference.label_bank import check_characters
 from siglip_hf.inference.optimize import optimization
 from siglip_hf.loading import default_checkpoint, load_checkpoint, pick_device
-from siglip_hf.parallel import PIXELS, one_torch_thread, prefetch, usable_cores
+from siglip_hf.parallel import PIXELS, copies_by_itself, one_torch_thread, prefetch, send, usable_cores
 from siglip_hf.preprocessing.image_intake import load_picture
 
 if TYPE_CHECKING:
@@ -31,6 +31,9 @@ CHUNK_SIZE = 8
 # Decoded pixels that a thread may hold before it resizes: many small pictures in one call are faster, large ones would
 # fill the memory.
 _HELD_PIXELS = 4_000_000
+
+# Inputs that the NaFlex tower reads on the host.
+_ON_HOST = frozenset({"pixel_attention_mask", "spatial_shapes"})
 
 _WEIGHT_FILES = (
     "model.safetensors",
@@ -206,7 +209,7 @@ class SiglipEmbedder:
         for index, text in enumerate(texts):
             check_text(text, f"texts[{index}]: ")
         batches = [texts[i : i + self.batch_size] for i in range(0, len(texts), self.batch_size)]
-        results = [self.encode_texts(batch) for batch in batches]
+        results = [embeds for _, embeds in self.encode_texts_ahead((None, batch) for batch in batches)]
         return np.concatenate(results) if results else self.no_embeddings()
 
     def no_embeddings(self) -> np.ndarray:
@@ -232,7 +235,6 @@ class SiglipEmbedder:
             return None
         return {name: value.to(self.dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
-    @torch.inference_mode()
     def encode_images(self, inputs: Mapping[str, torch.Tensor]) -> np.ndarray:
         """Embeddings of prepared pictures, in one forward.
 
@@ -242,8 +244,7 @@ class SiglipEmbedder:
         Returns:
             float32 (N, D), each row of length 1.
         """
-        on_device = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
-        return _unit(self.model.encode_image(**on_device))
+        return self._start(self.model.encode_image, inputs)()
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
         """Embeddings of texts, in one forward.
@@ -260,10 +261,82 @@ class SiglipEmbedder:
         """Token ids (N, L) of N texts on the CPU, padded to the length that the model was trained on."""
         return self.processor(text=list(texts), return_tensors="pt")["input_ids"]
 
-    @torch.inference_mode()
     def encode_ids(self, input_ids: torch.Tensor) -> np.ndarray:
         """Embeddings of what `prepare_texts` gives for N texts: float32 (N, D), each row of length 1."""
-        return _unit(self.model.encode_text(input_ids.to(self.device)))
+        return self._start_text(input_ids)()
+
+    def _start_text(self, input_ids: torch.Tensor) -> Callable[[], np.ndarray]:
+        return self._start(self.model.encode_text, {"input_ids": input_ids})
+
+    @torch.inference_mode()
+    def _start(
+        self, encode: Callable[..., torch.Tensor], inputs: Mapping[str, torch.Tensor]
+    ) -> Callable[[], np.ndarray]:
+        """Starts a forward; what it returns waits for the embeddings: float32 (N, D), each row of length 1.
+
+        Where the device copies by itself, the host does not wait before that, and inputs travel on a stream of their
+        own beside the forward before. Masks and shapes of NaFlex stay on the CPU: the tower reads them there.
+        """
+        if not copies_by_itself(self.device):
+            embeds = _unit(encode(**{name: value.to(self.device) for name, value in inputs.items()}))
+            return lambda: embeds.cpu().numpy()
+        computing = torch.accelerator.current_stream(self.device)
+        with self._copies:
+            sent = {name: value if name in _ON_HOST else send(value, self.device) for name, value in inputs.items()}
+            computing.wait_event(self._copies.record_event())
+        for name in sent.keys() - _ON_HOST:
+            sent[name].record_stream(computing)  # or its memory would be free for the copy after the next
+        embeds = _unit(encode(**sent))
+        fetched = torch.empty(embeds.shape, dtype=embeds.dtype, pin_memory=True)
+        fetched.copy_(embeds, non_blocking=True)
+        arrival = computing.record_event()
+
+        def result() -> np.ndarray:
+            arrival.synchronize()
+            return fetched.numpy().copy()  # what is pinned is scarce
+
+        return result
+
+    @functools.cached_property
+    def _copies(self) -> torch.Stream:
+        return torch.Stream(device=self.device)
+
+    def _fetch(self, started: Iterable[tuple[Any, Callable[[], np.ndarray]]]) -> Iterator[tuple[Any, np.ndarray]]:
+        """The results of forwards in order, each fetched when the next one is started where the host need not wait.
+
+        An error of `started` comes after the results of what was started before.
+        """
+        if not copies_by_itself(self.device):
+            yield from ((item, result()) for item, result in started)
+            return
+        before: tuple[Any, Callable[[], np.ndarray]] | None = None
+        following, error = iter(started), None
+        while error is None:
+            try:
+                entry = next(following, None)
+            except Exception as raised:
+                entry, error = None, raised
+            if before is not None:
+                yield before[0], before[1]()
+            if entry is None:
+                break
+            before = entry
+        if error is not None:
+            raise error
+
+    def encode_texts_ahead(self, batches: Iterable[tuple[Any, Sequence[str]]]) -> Iterator[tuple[Any, np.ndarray]]:
+        """Embeds texts in batches: an accelerator computes one while the next is tokenized.
+
+        Args:
+            batches: pairs of anything and the texts of one forward, of which there may be none.
+
+        Yields:
+            For each batch, in order, what came with its texts, and their embeddings (n, D).
+        """
+        return self._fetch(
+            (item, self._start_text(self.prepare_texts(texts)) if texts else self.no_embeddings)
+            for item, texts in batches
+        )
 
     def encode_ahead(self, items: Sequence[Any], prepare: Any) -> Iterator[tuple[list[Any], np.ndarray]]:
         """Embeds pictures in batches that are prepared in threads: ahead of an accelerator, in turns with a CPU.
@@ -299,13 +372,22 @@ class SiglipEmbedder:
                 for batch in batches:
                     yield list(itertools.islice(ahead, len(batch)))
 
-        for done in prepared_batches():
+        def start(done: list[Any]) -> Callable[[], np.ndarray]:
             inputs = [prepared for _, prepared in done if prepared is not None]
-            if inputs:
-                embeds = self.encode_images({name: torch.cat([one[name] for one in inputs]) for name in inputs[0]})
-            else:
-                embeds = self.no_embeddings()
-            yield [result for result, _ in done], embeds
+            if not inputs:
+                return self.no_embeddings
+            return self._start(
+                self.model.encode_image, {name: self._join([one[name] for one in inputs]) for name in inputs[0]}
+            )
+
+        return self._fetch(([result for result, _ in done], start(done)) for done in prepared_batches())
+
+    def _join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Parts of a batch in one tensor, from which the device can copy by itself if it can at all."""
+        if not copies_by_itself(self.device):
+            return torch.cat(parts)
+        shape = (sum(map(len, parts)), *parts[0].shape[1:])
+        return torch.cat(parts, out=torch.empty(shape, dtype=parts[0].dtype, pin_memory=True))
 
 
 def draft_side(image_processor: Any) -> int | None:
@@ -370,9 +452,9 @@ def _as_pictures(pictures: Any) -> Iterable[Any]:
     return pictures
 
 
-def _unit(embeds: torch.Tensor) -> np.ndarray:
+def _unit(embeds: torch.Tensor) -> torch.Tensor:
     """Length 1 in float32; in 16 bits the model's own are off by up to 1 %."""
-    return torch.nn.functional.normalize(embeds.float(), dim=-1).cpu().numpy()
+    return torch.nn.functional.normalize(embeds.float(), dim=-1)
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

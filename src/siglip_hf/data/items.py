@@ -105,9 +105,11 @@ def embed_items(embedder: SiglipEmbedder, items: Sequence[Item]) -> Iterator[Bat
     """Rows and embeddings, a batch at a time, in the order of the items."""
     size = embedder.batch_size
     if any(item.text is not None for item in items):
-        for batch in (items[start : start + size] for start in range(0, len(items), size)):
-            good = [item.text for item in batch if item.text is not None]
-            yield [item.row() for item in batch], embedder.encode_texts(good) if good else embedder.no_embeddings()
+        batches = (items[start : start + size] for start in range(0, len(items), size))
+        yield from embedder.encode_texts_ahead(
+            ([item.row() for item in batch], [item.text for item in batch if item.text is not None])
+            for batch in batches
+        )
         return
 
     draft_to = embedder.draft_to

@@ -95,9 +95,13 @@ class _MultiHeadAttention(nn.Module):
         key_value_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         attn_implementation: str | None = None,
+        lengths: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(B, S, D) queries over (B, T, D) keys and values -> (B, S, D), and weights if there are any."""
-        if query_states.shape[1] == 1 and self._can_fold(attention_mask, attn_implementation):
+        """(B, S, D) queries over (B, T, D) keys and values -> (B, S, D), and weights if there are any.
+
+        `lengths` tells flash attention where sequences end that stand in one row: B is 1 then.
+        """
+        if lengths is None and query_states.shape[1] == 1 and self._can_fold(attention_mask, attn_implementation):
             return self._attend_with_one_query(query_states, key_value_states, attention_mask), None
         query = self._split_heads(self.q_proj(query_states))  # (B, H, S, D / H)
         key = self._split_heads(self.k_proj(key_value_states))  # (B, H, T, D / H)
@@ -115,6 +119,7 @@ class _MultiHeadAttention(nn.Module):
             is_causal=False,
             scaling=self.scale,
             dropout=self.dropout if self.training else 0.0,
+            **(lengths or {}),
         )
         return self.out_proj(output.flatten(2).contiguous()), weights  # (B, S, H, D / H) -> (B, S, D)
 
@@ -166,14 +171,16 @@ class SiglipAttention(_MultiHeadAttention):
         attention_mask: torch.Tensor | None = None,
         attn_implementation: str | None = None,
         last_token_only: bool = False,
+        lengths: dict[str, Any] | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Maps (B, S, D) to (B, S, D) and the attention weights (B, H, S, S), which only "eager" has.
 
-        With `last_token_only` only the last position asks: (B, 1, D) and (B, H, 1, S); no mask then.
+        With `last_token_only` only the last position asks: (B, 1, D) and (B, H, 1, S); no mask then. For `lengths` see
+        `Packing.flash_lengths`.
         """
         queries = hidden_states[:, -1:] if last_token_only else hidden_states
-        return self._attend(queries, hidden_states, attention_mask, attn_implementation)
+        return self._attend(queries, hidden_states, attention_mask, attn_implementation, lengths)
 
 
 class SiglipPoolingAttention(_MultiHeadAttention):
@@ -194,9 +201,10 @@ class SiglipPoolingAttention(_MultiHeadAttention):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         attn_implementation: str | None = None,
+        lengths: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Maps a probe (B, 1, D) and image tokens (B, N, D) to (B, 1, D) and the weights (B, H, 1, N) if "eager"."""
-        return self._attend(probe, hidden_states, attention_mask, attn_implementation)
+        return self._attend(probe, hidden_states, attention_mask, attn_implementation, lengths)
 
 
 def _split_published(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -254,7 +262,8 @@ class SiglipEncoderLayer(GradientCheckpointingLayer):
     ) -> torch.Tensor:
         """Maps (B, S, D) to (B, S, D), or to (B, 1, D), the last position, with `last_token_only`."""
         packed = self.packed  # once: another thread may have the weights restored
-        if packed is not None and packed.serves(hidden_states, kwargs.get("attn_implementation")):
+        serves = packed is not None and "lengths" not in kwargs
+        if serves and packed.serves(hidden_states, kwargs.get("attn_implementation")):
             return packed(hidden_states, attention_mask, last_token_only)
         attended, _ = self.self_attn(
             self.layer_norm1(hidden_states), attention_mask, last_token_only=last_token_only, **kwargs

@@ -70,15 +70,23 @@ class SiglipAttentionPoolingHead(SiglipPreTrainedModel):
         init.uniform_(self.probe, -bound, bound)
 
     def forward(
-        self, hidden_states: torch.Tensor, attn_implementation: str | None = None, mask: Any = None
+        self,
+        hidden_states: torch.Tensor,
+        attn_implementation: str | None = None,
+        mask: Any = None,
+        lengths: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Maps image tokens (B, N, D) to (B, D) and the attention weights (B, H, 1, N), which only "eager" has.
 
-        The mask is in the form that the attention implementation takes.
+        The mask is in the form that the attention implementation takes. With `lengths`, as flash attention takes them,
+        the tokens of all pictures stand in one row (1, T, D).
         """
-        probe = self.probe.expand(hidden_states.shape[0], -1, -1)  # (B, 1, D)
-        pooled, weights = self.attention(probe, hidden_states, mask, attn_implementation)
-        pooled = pooled[:, 0]
+        if lengths is None:
+            probe = self.probe.expand(hidden_states.shape[0], -1, -1)  # (B, 1, D)
+        else:
+            probe = self.probe.expand(-1, len(lengths["cu_seq_lens_q"]) - 1, -1)  # (1, B, D)
+        pooled, weights = self.attention(probe, hidden_states, mask, attn_implementation, lengths)
+        pooled = pooled.flatten(0, 1)  # (B, D)
         return pooled + self.mlp(self.layernorm(pooled)), weights
 
 

@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import ImageClassifierOutput
 from transformers.utils import can_return_tuple
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import is_flash_attention_requested, merge_with_config_defaults
 from transformers.utils.import_utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
@@ -28,11 +28,12 @@ from siglip_hf.models.modeling_siglip import (
     SiglipTextModel,
     SiglipVisionModel,
 )
-from siglip_hf.models.naflex import Packing, pack, pack_masked, resized_positions
+from siglip_hf.models.naflex import Packing, Seen, pack, pack_masked, resized_positions
 from siglip_hf.models.outputs import SiglipOutput, SiglipPoolingOutput
+from siglip_hf.parallel import send
 
-#: Implementations of attention that take the mask of packed rows. Flash attention takes lengths instead of masks.
-PACKABLE_ATTENTION = ("eager", "sdpa", "flex_attention")
+#: Implementations of attention that take the mask of packed rows. Flash attention takes lengths instead of a mask.
+MASKED_ATTENTION = ("eager", "sdpa", "flex_attention")
 
 #: Packing is worth its indexing where it saves at least this part of the patches and their padding.
 PACKING_GAIN = 0.1
@@ -95,14 +96,18 @@ class Siglip2AttentionPoolingHead(SiglipAttentionPoolingHead):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         attn_implementation: str | None = None,
+        lengths: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Maps image tokens (B, N, D) to (B, D) and the attention weights (B, H, 1, N), which only "eager" has.
 
         Args:
-            hidden_states: (B, N, D).
+            hidden_states: (B, N, D), or (1, T, D) with `lengths`.
             attention_mask: (B, N), nonzero for patches and 0 for padding; None without padding.
             attn_implementation: Instead of the configured one.
+            lengths: `Packing.flash_lengths(1)`, where all pictures stand in one row.
         """
+        if lengths is not None:
+            return super().forward(hidden_states, attn_implementation, None, lengths)
         mask = create_bidirectional_mask(
             with_attention(self.config, attn_implementation),
             hidden_states[:, :1],  # as many queries as the probe: one
@@ -163,8 +168,8 @@ class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
             pool: Run the pooling head, if the model has one.
             packed: Let several pictures share a row of the batch, as many as fit in the length of the largest. Same
                 output, at the cost of the patches instead of the padded batch; `output_hidden_states` and
-                `output_attentions` then are those of the shared rows. Not for flash attention. Or how to pack them,
-                if that is known already.
+                `output_attentions` then are those of the shared rows. For flash attention all pictures stand in one
+                row, and it is told where each ends. Or how to pack them, if that is known already.
             **kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
@@ -173,55 +178,69 @@ class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
         Raises:
             ValueError: If the shapes do not fit each other or the model; the message names them.
         """
-        counts = self._check_inputs(pixel_values, spatial_shapes)
+        seen = self._check_inputs(pixel_values, spatial_shapes, pixel_attention_mask)
         assert spatial_shapes is not None
         wants_attentions = self._resolve_attentions(kwargs)
         implementation = kwargs.get("attn_implementation")
         config = with_attention(self.config, implementation)
         length, device = pixel_values.shape[1], pixel_values.device
-        spatial_shapes = spatial_shapes.to(device, non_blocking=True)
+        spatial_shapes = send(spatial_shapes, device)
+        pixel_attention_mask = None if pixel_attention_mask is None else send(pixel_attention_mask, device)
         patch_ids = torch.arange(length, device=device)
         is_patch = patch_ids < spatial_shapes.prod(dim=-1, keepdim=True)  # (B, N)
         patch_ids = torch.where(is_patch, patch_ids, 0)  # padding gets the position of the first patch, as in stock
         shapes = spatial_shapes[:, None].expand(-1, length, -1)  # (B, N, 2)
 
-        padding: torch.Tensor | None
+        mask: Any = None
+        padding = is_patch if pixel_attention_mask is None else pixel_attention_mask
         if packed and len(pixel_values) > 0:
-            packing = packed
-            if not isinstance(packing, Packing):
-                packing = self._pack(config, spatial_shapes, pixel_attention_mask, counts)
+            packing = packed if isinstance(packed, Packing) else self._pack(config, seen)
+            packing = packing.to(device)
             tokens = self.embeddings(*map(packing.take, (pixel_values, shapes, patch_ids)))  # (T, D)
             hidden_states = packing.fill(tokens)  # (R, longest, D)
-            picture_ids = packing.picture_ids().to(tokens.device, non_blocking=True)
-            mask = create_bidirectional_mask(
-                config,
-                hidden_states,
-                None,
-                # Places without a patch see each other: a softmax over nothing would be NaN.
-                and_mask_function=lambda row, head, query, key: picture_ids[row, query] == picture_ids[row, key],
-            )
-            hidden_states = self.post_layernorm(self.encoder(hidden_states, mask, **kwargs))
-            hidden_states = packing.by_picture(hidden_states, length)  # (B, N, D)
-            padding = is_patch if pixel_attention_mask is None else pixel_attention_mask
+            by_length = is_flash_attention_requested(config)
+            if by_length:
+                hidden_states = self.encoder(hidden_states, None, lengths=packing.flash_lengths(), **kwargs)
+            else:
+                picture_ids = packing.picture_ids().to(tokens.device)
+                mask = create_bidirectional_mask(
+                    config,
+                    hidden_states,
+                    None,
+                    # Places without a patch see each other: a softmax over nothing would be NaN.
+                    and_mask_function=lambda row, head, query, key: picture_ids[row, query] == picture_ids[row, key],
+                )
+                hidden_states = self.encoder(hidden_states, mask, **kwargs)
+            packed_states = self.post_layernorm(hidden_states)
+            hidden_states = packing.by_picture(packed_states, length)  # (B, N, D)
+            pool_from = (packed_states, None, implementation, packing.flash_lengths(1)) if by_length else None
         else:
-            padding = self._padding(pixel_attention_mask, is_patch, counts)
+            if seen is not None and seen.masks_nothing(length):
+                padding = None
             hidden_states = self.embeddings(pixel_values, shapes, patch_ids)  # (B, N, D)
             mask = create_bidirectional_mask(
                 config, hidden_states, padding, allow_is_bidirectional_skip=padding is None
             )
             hidden_states = self.post_layernorm(self.encoder(hidden_states, mask, **kwargs))
+            pool_from = None
 
         pooled, weights = None, None
         if self.use_head and pool:
-            pooled, weights = self.head(hidden_states, padding, implementation)  # (B, D), (B, H, 1, N)
+            # (B, D), (B, H, 1, N)
+            pooled, weights = self.head(*(pool_from or (hidden_states, padding, implementation)))
         return SiglipPoolingOutput(
             last_hidden_state=hidden_states,
             pooler_output=pooled,
             cross_attentions=(weights,) if wants_attentions and weights is not None else None,
         )
 
-    def _check_inputs(self, pixel_values: torch.Tensor | None, spatial_shapes: torch.Tensor | None) -> list[int] | None:
-        """Returns the number of patches of each picture; None while a graph is traced, which knows no numbers."""
+    def _check_inputs(
+        self,
+        pixel_values: torch.Tensor | None,
+        spatial_shapes: torch.Tensor | None,
+        pixel_attention_mask: torch.Tensor | None,
+    ) -> Seen | None:
+        """Returns what the host sees of the batch; None while a graph is traced, which knows no numbers."""
         if pixel_values is None or spatial_shapes is None:
             raise ValueError(
                 "the NaFlex vision tower needs pixel_values (B, N, P) and spatial_shapes (B, 2), as "
@@ -241,40 +260,26 @@ class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
             )
         if is_tracing(pixel_values):
             return None
-        counts = spatial_shapes.cpu().prod(dim=-1).tolist()
+        seen = Seen.of(spatial_shapes, pixel_attention_mask)
+        counts = seen.counts
         if counts and not 1 <= min(counts) <= max(counts) <= pixel_values.shape[1]:
             raise ValueError(
                 f"spatial_shapes asks for {min(counts)} to {max(counts)} patches per picture, and pixel_values has "
                 f"room for 1 to {pixel_values.shape[1]}"
             )
-        return counts
+        return seen
 
     @staticmethod
-    def _padding(
-        pixel_attention_mask: torch.Tensor | None, is_patch: torch.Tensor, counts: list[int] | None
-    ) -> torch.Tensor | None:
-        """The mask (B, N), or None where it masks nothing, so that the faster kernels without a mask can run."""
-        if counts is None:
-            return is_patch if pixel_attention_mask is None else pixel_attention_mask
-        if pixel_attention_mask is None:
-            return is_patch if min(counts, default=0) < is_patch.shape[1] else None
-        return None if pixel_attention_mask.all() else pixel_attention_mask
-
-    @staticmethod
-    def _pack(
-        config: Siglip2VisionConfig,
-        spatial_shapes: torch.Tensor,
-        pixel_attention_mask: torch.Tensor | None,
-        counts: list[int] | None = None,
-    ) -> Packing:
-        if config._attn_implementation not in PACKABLE_ATTENTION:
+    def _pack(config: Siglip2VisionConfig, seen: Seen) -> Packing:
+        by_length = is_flash_attention_requested(config)
+        if not by_length and config._attn_implementation not in MASKED_ATTENTION:
             raise ValueError(
-                f"packed=True needs one of the attention implementations {', '.join(PACKABLE_ATTENTION)}, not "
-                f"{config._attn_implementation!r}"
+                f"packed=True needs one of the attention implementations {', '.join(MASKED_ATTENTION)}, or flash "
+                f"attention, not {config._attn_implementation!r}"
             )
-        if pixel_attention_mask is not None:
-            return pack_masked(pixel_attention_mask)
-        return pack(spatial_shapes.cpu().prod(dim=-1).tolist() if counts is None else counts)
+        if seen.mask is not None:
+            return pack_masked(seen.mask, one_row=by_length)
+        return pack(seen.counts, one_row=by_length)
 
 
 class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
@@ -334,26 +339,26 @@ class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
         if max_num_patches is not None:
             raise ValueError("max_num_patches is for a list of pictures; these are patches already")
         packing: Packing | bool | None = packed
-        if packed is None and spatial_shapes is not None:
-            spatial_shapes = spatial_shapes.cpu()  # read once, here and in the tower
-            packing = self._packing_if_it_pays(pixel_values, pixel_attention_mask, spatial_shapes)
+        if packed is None and not is_tracing(pixel_values):
+            seen = self.vision_model._check_inputs(pixel_values, spatial_shapes, pixel_attention_mask)
+            assert seen is not None
+            # The tower reads them again, and need not wait for the device then.
+            spatial_shapes, pixel_attention_mask = seen.shapes, seen.mask
+            packing = self._packing_if_it_pays(pixel_values, seen)
         output = self.vision_model(
             pixel_values, pixel_attention_mask, spatial_shapes, packed=packing or False, return_dict=True
         )
         return self._embeds(output.pooler_output, normalize)
 
-    def _packing_if_it_pays(
-        self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor | None, spatial_shapes: torch.Tensor
-    ) -> Packing | None:
-        tower = self.vision_model
-        if is_tracing(pixel_values) or tower.config._attn_implementation not in PACKABLE_ATTENTION:
+    def _packing_if_it_pays(self, pixel_values: torch.Tensor, seen: Seen) -> Packing | None:
+        config = self.vision_model.config
+        by_length = is_flash_attention_requested(config)
+        if not seen.counts or not (by_length or config._attn_implementation in MASKED_ATTENTION):
             return None
-        counts = tower._check_inputs(pixel_values, spatial_shapes)
-        if not counts:
-            return None
-        packing = tower._pack(tower.config, spatial_shapes, pixel_attention_mask, counts)
-        pays = packing.rows * packing.length <= (1 - PACKING_GAIN) * pixel_values.shape[:2].numel()
-        return packing if pays else None
+        packing = self.vision_model._pack(config, seen)
+        gain = 1 - packing.rows * packing.length / pixel_values.shape[:2].numel()
+        # With a mask, flash attention takes the padding out and puts it back in every block.
+        return packing if gain >= PACKING_GAIN or (by_length and gain > 0) else None
 
     def _encode_pictures(
         self,
@@ -376,10 +381,10 @@ class Siglip2Model(SiglipModel, Siglip2PreTrainedModel):
         embeds = []
         for step in self._steps(order.tolist(), counts.tolist(), max_tokens):
             longest = int(counts[step[0]])
-            patches = inputs["pixel_values"][step, :longest].to(device)
+            patches = send(inputs["pixel_values"][step, :longest], device)
             shapes = inputs["spatial_shapes"][step]
             embeds.append(self.encode_image(patches, None, shapes, normalize=normalize, packed=packed))
-        return torch.cat(embeds)[order.argsort().to(embeds[0].device)]  # back in the order given
+        return torch.cat(embeds)[send(order.argsort(), embeds[0].device)]  # back in the order given
 
     @staticmethod
     def _steps(order: list[int], counts: list[int], max_tokens: int) -> list[list[int]]:
@@ -508,7 +513,7 @@ class Siglip2ForImageClassification(SiglipForImageClassification, Siglip2PreTrai
         if pixel_attention_mask is None:
             counts = spatial_shapes.prod(dim=-1, keepdim=True)  # type: ignore[union-attr]
             pixel_attention_mask = torch.arange(states.shape[1], device=counts.device) < counts
-        mask = pixel_attention_mask.to(states.device, states.dtype).unsqueeze(-1)  # (B, N, 1)
+        mask = send(pixel_attention_mask, states.device).to(states.dtype).unsqueeze(-1)  # (B, N, 1)
         return self._classify((states * mask).sum(dim=1) / mask.sum(dim=1), labels, outputs)
 
 

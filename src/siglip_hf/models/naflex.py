@@ -11,9 +11,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from siglip_hf.parallel import send
 
 
 def resize_weights(index: torch.Tensor, size: torch.Tensor, source: int) -> torch.Tensor:
@@ -62,54 +64,102 @@ def resized_positions(
         return (weights @ table.float()).to(table.dtype)
 
 
+class Seen(NamedTuple):
+    """What the host knows of a batch.
+
+    Attributes:
+        shapes: (B, 2) rows and columns, on the CPU.
+        mask: (B, N), nonzero for patches and 0 for padding, on the CPU; None where the shapes say it.
+        counts: Patches of each picture by its shape.
+    """
+
+    shapes: torch.Tensor
+    mask: torch.Tensor | None
+    counts: list[int]
+
+    @classmethod
+    def of(cls, shapes: torch.Tensor, mask: torch.Tensor | None) -> Seen:
+        """Reads shapes and mask; the host waits once for the device that they are on, or not at all for the CPU."""
+        if mask is not None and mask.device == shapes.device != torch.device("cpu"):
+            both = torch.cat([shapes.long().flatten(), (mask != 0).long().flatten()]).cpu()
+            shapes, mask = both[: shapes.numel()].view(shapes.shape), both[shapes.numel() :].view(mask.shape)
+        else:
+            shapes, mask = shapes.cpu(), None if mask is None else mask.cpu()
+        return cls(shapes, mask, shapes.prod(dim=-1).tolist())
+
+    def masks_nothing(self, length: int) -> bool:
+        """Whether each of B rows of this length is full, so that the faster kernels without a mask can run."""
+        return min(self.counts, default=0) >= length if self.mask is None else bool(self.mask.all())
+
+
 class Packing(NamedTuple):
     """Where the T patches of B pictures stand in R rows of length N. All tensors list patches picture by picture.
 
-    The tensors lie on the CPU; each method takes them to the device of its argument.
+    Each method takes the tensors to the device of its argument: the blocks of a split tower lie on several.
 
     Attributes:
         rows: R.
         length: N.
         batch: B.
+        longest: Patches of the largest picture.
         slots: (T,) place of each patch in the flattened rows.
         pictures: (T,) number of its picture.
         patches: (T,) its number in the picture.
+        bounds: (B + 1,) number of patches before each picture, and T.
     """
 
     rows: int
     length: int
     batch: int
+    longest: int
     slots: torch.Tensor
     pictures: torch.Tensor
     patches: torch.Tensor
+    bounds: torch.Tensor
+
+    def to(self, device: torch.device) -> Packing:
+        """The same on a device, to which all places go in one copy."""
+        places = [self.slots, self.pictures, self.patches, self.bounds]
+        moved = send(torch.cat(places), device).split([len(each) for each in places])
+        return self._replace(slots=moved[0], pictures=moved[1], patches=moved[2], bounds=moved[3])
 
     def take(self, padded: torch.Tensor) -> torch.Tensor:
         """(B, length, ...) -> (T, ...), without the padding."""
-        return padded[_to(self.pictures, padded), _to(self.patches, padded)]
+        return padded[send(self.pictures, padded.device), send(self.patches, padded.device)]
 
     def fill(self, tokens: torch.Tensor) -> torch.Tensor:
         """(T, D) -> (R, N, D), with zeros where no patch stands."""
         rows = tokens.new_zeros(self.rows * self.length, tokens.shape[-1])
-        return rows.index_copy(0, _to(self.slots, tokens), tokens).unflatten(0, (self.rows, self.length))
+        return rows.index_copy(0, send(self.slots, tokens.device), tokens).unflatten(0, (self.rows, self.length))
 
     def picture_ids(self) -> torch.Tensor:
         """(R, N): the picture that each place belongs to, -1 where no patch stands."""
         ids = self.pictures.new_full((self.rows * self.length,), -1)
         return ids.index_copy(0, self.slots, self.pictures).unflatten(0, (self.rows, self.length))
 
+    def flash_lengths(self, queries: int | None = None) -> dict[str, Any]:
+        """How flash attention tells the pictures of one row apart, in the words of transformers' interface.
+
+        Args:
+            queries: Of each picture; as many as it has patches by default.
+        """
+        keys = self.bounds.int()
+        if queries is None:
+            asked, most = keys, self.longest
+        else:
+            asked = torch.arange(0, self.batch * queries + 1, queries, dtype=torch.int32, device=keys.device)
+            most = queries
+        return {"cu_seq_lens_q": asked, "cu_seq_lens_k": keys, "max_length_q": most, "max_length_k": self.longest}
+
     def by_picture(self, rows: torch.Tensor, length: int) -> torch.Tensor:
         """(R, N, D) -> (B, length, D), one row per picture, with zeros for padding."""
-        tokens = rows.flatten(0, 1)[_to(self.slots, rows)]  # (T, D)
+        tokens = rows.flatten(0, 1)[send(self.slots, rows.device)]  # (T, D)
         padded = tokens.new_zeros(self.batch * length, tokens.shape[-1])
-        places = _to(self.pictures * length + self.patches, rows)
+        places = send(self.pictures * length + self.patches, rows.device)
         return padded.index_copy(0, places, tokens).unflatten(0, (self.batch, length))
 
 
-def _to(places: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    return places.to(tensor.device, non_blocking=True)
-
-
-def pack(lengths: Sequence[int], patches: torch.Tensor | None = None) -> Packing:
+def pack(lengths: Sequence[int], patches: torch.Tensor | None = None, *, one_row: bool = False) -> Packing:
     """Distributes pictures over as few rows as best-fit decreasing finds; a row is as long as the longest picture.
 
     Longer rows would waste less space, but attention costs the square of a row's length where it is masked.
@@ -117,6 +167,7 @@ def pack(lengths: Sequence[int], patches: torch.Tensor | None = None) -> Packing
     Args:
         lengths: Number of patches of each picture.
         patches: (T,) number of each patch in its picture, where some are left out; 0, 1, 2, ... by default.
+        one_row: Put all pictures behind each other in one row instead, for attention that is told where each ends.
 
     Raises:
         ValueError: If a picture has no patch; the message says which.
@@ -124,6 +175,26 @@ def pack(lengths: Sequence[int], patches: torch.Tensor | None = None) -> Packing
     if min(lengths) < 1:
         raise ValueError(f"picture {lengths.index(0)} has no patch; each needs one at least")
     longest = max(lengths)
+    counts = torch.tensor(lengths)
+    pictures = torch.arange(len(lengths)).repeat_interleave(counts)  # (T,)
+    bounds = torch.cat([counts.new_zeros(1), counts.cumsum(0)])  # (B + 1,)
+    places = torch.arange(len(pictures))
+    in_picture = places - bounds[pictures]
+    rows, starts = (1, None) if one_row else _best_fit(lengths, longest)
+    return Packing(
+        rows,
+        len(pictures) if starts is None else longest,
+        len(lengths),
+        longest,
+        places if starts is None else torch.tensor(starts)[pictures] + in_picture,
+        pictures,
+        in_picture if patches is None else patches,
+        bounds,
+    )
+
+
+def _best_fit(lengths: Sequence[int], longest: int) -> tuple[int, list[int]]:
+    """The number of rows, and where in the flattened rows each picture begins."""
     starts = [0] * len(lengths)
     free: list[tuple[int, int]] = []  # (places left, row), ascending
     rows = 0
@@ -135,14 +206,10 @@ def pack(lengths: Sequence[int], patches: torch.Tensor | None = None) -> Packing
             left, row = free.pop(place)
         starts[picture] = row * longest + longest - left
         insort(free, (left - lengths[picture], row))
-    counts = torch.tensor(lengths)
-    pictures = torch.arange(len(lengths)).repeat_interleave(counts)  # (T,)
-    in_picture = torch.arange(len(pictures)) - (counts.cumsum(0) - counts)[pictures]
-    slots = torch.tensor(starts)[pictures] + in_picture
-    return Packing(rows, longest, len(lengths), slots, pictures, in_picture if patches is None else patches)
+    return rows, starts
 
 
-def pack_masked(mask: torch.Tensor) -> Packing:
-    """As `pack`, for the patches that a mask (B, N) leaves: nonzero for patches, 0 for padding."""
-    kept = mask.cpu() != 0
-    return pack(kept.sum(dim=1).tolist(), kept.nonzero()[:, 1])
+def pack_masked(mask: torch.Tensor, *, one_row: bool = False) -> Packing:
+    """As `pack`, for the patches that a mask (B, N) on the CPU leaves: nonzero for patches, 0 for padding."""
+    kept = mask != 0
+    return pack(kept.sum(dim=1).tolist(), kept.nonzero()[:, 1], one_row=one_row)
