@@ -23,8 +23,8 @@ def test_a_step_waits_for_nothing(on_accelerator, run):
 def test_a_log_reads_little(on_accelerator, run):
     told = on_accelerator["trainer"]
     each, none = (told[f"{run}, 4 steps, a log each {logging}"] for logging in (1, 100))
-    # Of three more logs: the loss, the norm of the gradients, scale, bias, mean cosines, groups of shared pictures.
-    assert waits(each) - waits(none) <= 3 * 7
+    # Of four logs: the loss, the norm of the gradients, scale, bias, mean cosines, groups of shared pictures.
+    assert 0 < waits(each) - waits(none) <= 4 * 7
 
 
 @pytest.mark.parametrize("run", RUNS)
