@@ -103,9 +103,9 @@ def _try(device: torch.device, dtype: torch.dtype) -> float:
     logits = torch.where(positive, -1.0, 1.0) * (10 * images.double() @ texts.double().t() - 3)
     expected = torch.where(positive, -1.0, 1.0) * logits.sigmoid()
     weights = tile_of_weights(70, 50, dtype, device)[:, :50]
-    scalars = (torch.tensor(10.0, device=device), torch.tensor(-3.0, device=device))
-    on_device = (value.to(device) for value in (images, texts))
-    loss, total = weigh(*on_device, *scalars, image_ids.to(device), text_ids.to(device), weights)
+    scale, bias = torch.tensor(10.0, device=device), torch.tensor(-3.0, device=device)
+    ids = image_ids.to(device), text_ids.to(device)
+    loss, total = weigh(images.to(device), texts.to(device), scale, bias, *ids, weights)
     sums = torch.stack([loss.cpu() / F.softplus(logits).sum(), total.cpu() / expected.sum()])
     return max((weights.cpu().double() - expected).abs().max().item(), (sums - 1).abs().max().item())
 
