@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -96,6 +98,23 @@ def test_random_weights_leave_no_default_values(monkeypatch, tmp_path):
     tensors = load_file(module.write_random("siglip-tiny", tmp_path) / "model.safetensors")
     torch.testing.assert_close(torch.get_rng_state(), state)
     assert [name for name, tensor in tensors.items() if tensor.numel() > 1 and tensor.std() == 0] == []
+
+
+def test_a_command_writes_random_weights_under_published_names(tmp_path):
+    """In a process of a command, where nothing is registered yet; else stock's pooling head would stay random."""
+    code = (
+        "import sys, siglip_hf_command\n"
+        "siglip_hf_command.is_parsing = True\n"
+        "from siglip_hf.models import configuration_siglip as c\n"
+        f"c.PRESETS['siglip-tiny'] = {(TEXT | {'projection_size': 32}, VISION)!r}\n"
+        "from siglip_hf.evaluation.verify import write_random\n"
+        "from pathlib import Path\n"
+        "write_random('siglip-tiny', Path(sys.argv[1]))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, capture_output=True)
+    names = load_file(tmp_path / "model.safetensors").keys()
+    assert "vision_model.head.attention.in_proj_weight" in names
+    assert not [name for name in names if "head.attention.q_proj" in name]
 
 
 def sides(stock_score: float, our_score: float, our_ids: int = 1) -> list[dict[str, torch.Tensor]]:

@@ -189,7 +189,9 @@ def write_random(preset: str, folder: Path) -> Path:
     from siglip_hf.models.modeling_siglip2 import Siglip2Model
     from siglip_hf.preprocessing.image_processing_siglip import SiglipImageProcessor
     from siglip_hf.preprocessing.image_processing_siglip2 import Siglip2ImageProcessor
+    from siglip_hf.registration import register
 
+    register()  # a command has not done it yet, and what is saved without it has no published names
     naflex = preset.removeprefix("google/") in NAFLEX_PRESETS
     config: Any = (Siglip2Config if naflex else SiglipConfig).from_preset(preset)
     with torch.random.fork_rng(devices=[]):
