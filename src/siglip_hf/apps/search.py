@@ -27,13 +27,14 @@ CANVAS = 400  # side of the drawing board in pixels
 MOST_RESULTS = 60
 MOST_DRAWN = 4_000_000  # pixels of a drawing: the board at 5 times its size on a screen of many pixels
 
-# Gradio's board opens with its "select" tool, with which the first stroke draws nothing.
+# Gradio's board opens without a tool, so that the first stroke would draw nothing, and loses its tool when it is laid
+# out again (a telephone's screen, a turned one). The brush is taken whenever no tool is in hand.
 _TAKE_THE_BRUSH = """() => {
-  const take = (tries) => {
-    const brush = document.querySelector("#draw button[aria-label=Brush]");
-    if (brush) brush.click(); else if (tries) setTimeout(take, 100, tries - 1);
-  };
-  take(100);
+  setInterval(() => {
+    const tool = (name) => document.querySelector(`#draw button[aria-label=${name}]`);
+    const inHand = ["Pan", "Brush", "Erase"].some((name) => tool(name)?.style.color.includes("accent"));
+    if (!inHand) tool("Brush")?.click();
+  }, 300);
 }"""
 COLOURS = ["#222222", "#d92b2b", "#f28c28", "#f5c518", "#3a9d3a", "#2b6cd9", "#8b5a2b", "#f49ac1", "#9a9a9a"]
 WORDS = ["animal", "fusée", "고양이", "Fahrrad", "flying"]
