@@ -50,6 +50,7 @@ NEWEST := transformers tokenizers accelerate peft
 # They import torchvision, for which a stand-in serves.
 LAYOUTS := open_clip_torch timm ftfy
 CLIP_BENCHMARK := clip-benchmark webdataset braceexpand
+ONNX_READERS := openvino fastembed loguru mmh3 py-rust-stemmers
 PYTHONS ?= python3.11 python3.12 python3.13
 # Other versions lie in a folder that is searched before the environment's own packages; torch is shared.
 OTHER = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target
@@ -70,12 +71,14 @@ test-newest: $(DEV) ## run the core tests on the newest transformers, tokenizers
 	$(OTHER) $(VENV)/newest $(NEWEST)
 	PYTHONPATH=$(CURDIR)/$(VENV)/newest $(RUN)
 
-test-layouts: $(DEV) ## compare with open_clip, timm and CLIP_benchmark themselves, and run NLLB-CLIP, in folders of their own
-	rm -rf $(VENV)/layouts $(VENV)/torchvision
+test-layouts: $(DEV) ## compare with open_clip, timm, CLIP_benchmark, OpenVINO and fastembed, and run NLLB-CLIP, in folders of their own
+	rm -rf $(VENV)/layouts $(VENV)/torchvision $(VENV)/readers
 	$(OTHER) $(VENV)/layouts -c constraints.txt $(LAYOUTS) $(CLIP_BENCHMARK)
 	PYTHONPATH=$(CURDIR)/$(VENV)/layouts OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/peers/test_layouts.py tests/peers/test_clip_benchmark.py
 	$(OTHER) $(VENV)/torchvision -c constraints.txt torchvision
 	PYTHONPATH=$(CURDIR)/$(VENV)/layouts:$(CURDIR)/$(VENV)/torchvision OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/apps/test_nllb_clip.py
+	$(OTHER) $(VENV)/readers -c constraints.txt $(ONNX_READERS)
+	PYTHONPATH=$(CURDIR)/$(VENV)/readers OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/peers/test_onnx_readers.py
 
 test-pythons: ## run demo and tests on every Python that we claim, each in an environment of its own (gigabytes each)
 	for python in $(PYTHONS); do $(MAKE) demo test PYTHON=$$python || exit 1; done
