@@ -7,7 +7,8 @@ import torch
 from PIL import Image
 
 import siglip_hf
-from siglip_hf.data.sources import Record, Source, TarMember
+from siglip_hf.data.shards import TarMember
+from siglip_hf.data.sources import Record, Source
 from siglip_hf.training import PairCollator
 from siglip_hf.training.collator import PictureCollator, augmented
 from siglip_hf.training.pairs import Draw, picture_key, training_pairs

@@ -26,6 +26,7 @@ def train(**options: Any) -> int:
 
     Stopped at any moment, it goes on when it is called again. The folder gets the checkpoint, loss.png and report.json.
     For several processes: torchrun --nproc-per-node 2 --no-python siglip-hf train ...
+    For more than memory holds: siglip-hf train "shards/*.tar" --stream 2000 --steps 1000 -o tuned
     """
     from siglip_hf.training.run import run_training
 
@@ -99,7 +100,7 @@ def _print_report(report: TrainReport, output: str) -> None:
     console().print(table)
     done = "finished before" if report.finished_before else f"{report.seconds:.0f} s"
     resumed = f", resumed at step {report.resumed_from}" if report.resumed_from else ""
-    steps = counted(report.steps, "step")
-    print(f"{report.pairs} pairs, {steps} of {report.batch_size}, {done}{resumed}")
+    pairs = f"{report.pairs} pairs" if report.pairs else "a stream of pairs"
+    print(f"{pairs}, {counted(report.steps, 'step')} of {report.batch_size}, {done}{resumed}")
     print(f"recall on {report.evaluated}; {len(report.skipped)} skipped")
     print(f"checkpoint: {output}")

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from siglip_hf.data.sources import DatasetCell, Record, Source, TarMember
+from siglip_hf.data.shards import TarMember
+from siglip_hf.data.sources import DatasetCell, Record, Source
 from siglip_hf.data.store import tar_path
 from siglip_hf.files import read_regular_file, sha256
 from siglip_hf.preprocessing.image_intake import LARGE_PIXELS, load_picture, read_bytes

@@ -10,16 +10,17 @@ import csv
 import glob
 import io
 import os
-import tarfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import random
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from siglip_hf.data.shards import DamagedShard, TarMember, tar_groups
 from siglip_hf.extras import missing
-from siglip_hf.files import MOST_BYTES, first_line, parse_json, read_text, text_lines
+from siglip_hf.files import first_line, parse_json, read_text, text_lines
 from siglip_hf.preprocessing.image_intake import PICTURE_SUFFIXES, load_picture
 
 if TYPE_CHECKING:
@@ -34,29 +35,6 @@ LABEL_COLUMNS = ("label", "labels", "class", "class_name", "category")
 _TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")  # as `datasets` has them in an imagefolder
-
-
-class TarMember(NamedTuple):
-    """A file inside an uncompressed tar file, read without reading what lies before it."""
-
-    path: str
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """The bytes of the file.
-
-        Raises:
-            OSError: if the tar file cannot be read, ends before, or the file is larger than `MOST_BYTES`.
-        """
-        if self.size > MOST_BYTES:
-            raise OSError(f"it has {self.size:,} bytes; at most {MOST_BYTES:,} are read")
-        with open(self.path, "rb") as file:
-            file.seek(self.offset)
-            content = file.read(self.size)
-        if len(content) < self.size:
-            raise OSError(f"{self.path} ends inside it")
-        return content
 
 
 @dataclass(frozen=True)
@@ -147,6 +125,10 @@ class Source(Sequence[Record]):
             return Source(self.name, self.records[index], self.unused)
         return self.records[index]
 
+    def another(self, generator: random.Random) -> Record:
+        """A record drawn at random, in place of one that is broken."""
+        return self[generator.randrange(len(self))]
+
     def classes(self) -> list[str]:
         """Names of the classes, sorted."""
         return sorted({record.label for record in self if record.label is not None})
@@ -213,14 +195,14 @@ def open_source(
         ValueError: if it is empty, has no such column, or is of no known kind.
         FileNotFoundError: if there is no such file.
     """
-    columns = _Columns(image_column, caption_column, label_column)
+    columns = Columns(image_column, caption_column, label_column)
     if hasattr(data, "column_names"):
         return _from_dataset(data, columns, split, "the dataset")
     paths = [os.fspath(data)] if isinstance(data, str | os.PathLike) else [os.fspath(path) for path in data]
     name = paths[0] if len(paths) == 1 else f"{len(paths)} sources"
     if not paths:
         raise ValueError("no source given: pass a folder, a table, tar shards, a text file or a dataset.")
-    paths = [match for path in paths for match in _expand(path)]
+    paths = [match for path in paths for match in expand(path)]
     suffixes = {_suffix(path) for path in paths}
     if packed := next((path for path in paths if path.lower().endswith(_PACKED_SUFFIXES)), None):
         raise ValueError(
@@ -262,14 +244,14 @@ def find_pictures(sources: Iterable[str]) -> list[str]:
     sources = list(sources)
     found: list[str] = []
     for source in sources:
-        for match in _expand(source):
+        for match in expand(source):
             found += map(str, _pictures_below(Path(match))) if os.path.isdir(match) else [match]
     if not found:
         raise ValueError(f"no pictures found in {', '.join(sources)}")
     return list(dict.fromkeys(found))
 
 
-def _expand(source: str) -> list[str]:
+def expand(source: str) -> list[str]:
     if glob.has_magic(source) and not os.path.exists(source) and "://" not in source:
         return sorted(glob.glob(source, recursive=True)) or [source]
     return [source]
@@ -287,10 +269,10 @@ def _suffix(path: str) -> str:
 def _named(name: str, records: Sequence[Record], unused: Sequence[str] = ()) -> Source:
     if not records:
         raise ValueError(f"{name} is empty: it holds no picture and no text.")
-    return Source(name, [_checked(record) for record in records], unused)
+    return Source(name, [checked(record) for record in records], unused)
 
 
-def _checked(record: Record) -> Record:
+def checked(record: Record) -> Record:
     """The record, or one with an error if a name or text of it cannot be stored: it has half characters, or NUL.
 
     Half characters (lone surrogates) stand in Python for bytes of a file's name that are not UTF-8, and come out of
@@ -308,14 +290,14 @@ def _printable(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
-class _Columns(NamedTuple):
+class Columns(NamedTuple):
     """Names that the caller gave; None stands for the usual ones."""
 
     image: str | None
     caption: str | None
     label: str | None
 
-    def among(self, present: Sequence[str], name: str) -> _Columns:
+    def among(self, present: Sequence[str], name: str) -> Columns:
         """The columns to read of a table.
 
         Raises:
@@ -328,7 +310,7 @@ class _Columns(NamedTuple):
         def choose(given: str | None, usual: Sequence[str]) -> str | None:
             return given or next((column for column in usual if column in present), None)
 
-        chosen = _Columns(
+        chosen = Columns(
             choose(self.image, IMAGE_COLUMNS),
             choose(self.caption, CAPTION_COLUMNS),
             choose(self.label, LABEL_COLUMNS),
@@ -351,9 +333,9 @@ def _label(value: Any) -> str | None:
     return None if value is None or not str(value).strip() else str(value).strip()
 
 
-def _from_folder(folder: Path, columns: _Columns, split: str) -> Source:
+def _from_folder(folder: Path, columns: Columns, split: str) -> Source:
     if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
-        return _from_dataset(_opened(_import_datasets().load_from_disk, folder), columns, split, str(folder))
+        return _from_dataset(_opened(import_datasets().load_from_disk, folder), columns, split, str(folder))
     for metadata in _METADATA_FILES:
         if (folder / metadata).is_file():
             return _from_table(folder / metadata, columns)
@@ -377,9 +359,9 @@ def _from_folder(folder: Path, columns: _Columns, split: str) -> Source:
     return _named(str(folder), records, unused)
 
 
-def _from_table(path: Path, columns: _Columns) -> Source:
+def _from_table(path: Path, columns: Columns) -> Source:
     if path.suffix.lower() == ".parquet":
-        data = _opened(_import_datasets().Dataset.from_parquet, path)
+        data = _opened(import_datasets().Dataset.from_parquet, path)
         return _from_dataset(data, columns, "train", str(path), path.parent)
     rows = list(_rows(path))
     present = list(dict.fromkeys(name for row in rows if isinstance(row, dict) for name in row))
@@ -388,7 +370,7 @@ def _from_table(path: Path, columns: _Columns) -> Source:
     if not present:
         raise ValueError(f"{path}: {next((row for row in rows if isinstance(row, str)), 'no row has a column')}")
     chosen = columns.among(present, str(path))
-    return _from_rows(str(path), rows, chosen, lambda row: _place(row.get(chosen.image), path.parent), path.stem)
+    return _from_rows(str(path), rows, chosen, lambda row: cell_place(row.get(chosen.image), path.parent), path.stem)
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any] | str]:
@@ -419,16 +401,19 @@ def _rows(path: Path) -> Iterator[dict[str, Any] | str]:
             raise ValueError(f"{path} must hold a list of objects, a row each.")
         yield from rows
     else:
-        for number, line in enumerate(text_lines(text), 1):
-            try:
-                entry: Any = parse_json(line) if line.strip() else None
-            except ValueError as error:
-                entry = f"line {number} is not JSON: {error}"
-            if entry is not None:
-                yield entry if isinstance(entry, dict | str) else f"line {number} must hold an object, a row each"
+        yield from filter(None, (json_row(number, line) for number, line in enumerate(text_lines(text), 1)))
 
 
-def _place(value: Any, folder: Path) -> str | None:
+def json_row(number: int, line: str) -> dict[str, Any] | str | None:
+    """The row in a line of a JSONL file, or what is wrong with it; None if it is blank or null."""
+    try:
+        entry: Any = parse_json(line) if line.strip() else None
+    except ValueError as error:
+        return f"line {number} is not JSON: {error}"
+    return entry if entry is None or isinstance(entry, dict) else f"line {number} must hold an object, a row each"
+
+
+def cell_place(value: Any, folder: Path) -> str | None:
     """The path or URL that a cell names, from the folder of its table."""
     if value is None or not str(value).strip():
         return None
@@ -439,27 +424,44 @@ def _place(value: Any, folder: Path) -> str | None:
 
 
 def _from_rows(
-    name: str, rows: Iterable[Mapping[str, Any] | str], columns: _Columns, image: Callable[[Any], Any], stem: str
+    name: str, rows: Iterable[Mapping[str, Any] | str], columns: Columns, image: Callable[[Any], Any], stem: str
 ) -> Source:
     records, unused, seen = [], [], set()
     for number, row in enumerate(rows):
         if isinstance(row, str):
             records.append(Record(f"{stem}:{number}", error=row))
             continue
-        place = image(row) if columns.image else None
-        captions = _texts(row.get(columns.caption)) if columns.caption else ()
-        label = _label(row.get(columns.label)) if columns.label else None
-        given = row.get(columns.image) if columns.image else None
-        id_ = given if isinstance(given, str) and given and given not in seen else f"{stem}:{number}"
-        if place is None and not captions:
+        record = row_record(row, columns, image, f"{stem}:{number}", seen)
+        if record is None:
             unused.append(f"{stem}:{number}: an empty row")
             continue
-        seen.add(id_)
-        records.append(Record(id_, place, captions, label))
+        seen.add(record.id)
+        records.append(record)
     return _named(name, records, unused)
 
 
-def _import_datasets() -> Any:
+def row_record(
+    row: Mapping[str, Any], columns: Columns, image: Callable[[Any], Any], id_: str, taken: Collection[str] = ()
+) -> Record | None:
+    """The record of a row, or None if it holds neither a picture nor a text.
+
+    Args:
+        row: Cells by column.
+        columns: Those to read.
+        image: The picture of a row, as in `Record.image`.
+        id_: For a row whose picture is not named, or named as one of `taken`.
+        taken: Ids of other rows.
+    """
+    place = image(row) if columns.image else None
+    captions = _texts(row.get(columns.caption)) if columns.caption else ()
+    if place is None and not captions:
+        return None
+    label = _label(row.get(columns.label)) if columns.label else None
+    given = row.get(columns.image) if columns.image else None
+    return Record(given if isinstance(given, str) and given and given not in taken else id_, place, captions, label)
+
+
+def import_datasets() -> Any:
     try:
         import datasets
     except ImportError as error:
@@ -479,8 +481,8 @@ def _opened(read: Callable[[str], Any], place: Path) -> Any:
         raise ValueError(f"{place} cannot be read: {type(error).__name__}: {first_line(error)}") from error
 
 
-def _from_dataset(data: Any, columns: _Columns, split: str, name: str, folder: Path | None = None) -> Source:
-    datasets = _import_datasets()
+def _from_dataset(data: Any, columns: Columns, split: str, name: str, folder: Path | None = None) -> Source:
+    datasets = import_datasets()
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise ValueError(f"{name} has no split {split!r}; it has {', '.join(data)}.")
@@ -503,7 +505,7 @@ def _from_dataset(data: Any, columns: _Columns, split: str, name: str, folder: P
     def image(row: Mapping[str, Any]) -> Any:
         if embedded:
             return DatasetCell(data, row["\0row"], chosen.image or "")
-        return _place(row[chosen.image or ""], folder or Path())
+        return cell_place(row[chosen.image or ""], folder or Path())
 
     return _from_rows(name, with_names(), chosen, image, "row")
 
@@ -512,44 +514,32 @@ def _is_string(feature: Any) -> bool:
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
-def _from_tar(path: str, columns: _Columns, several: bool) -> Iterator[Record]:
-    """Records of a WebDataset shard: members that share a name up to its first dot."""
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"{path}: {'not a file' if os.path.exists(path) else 'no such file or folder'}")
-    shard = Path(path).name
+def _from_tar(path: str, columns: Columns, several: bool) -> Iterator[Record]:
+    """Records of a WebDataset shard; members of one record may lie apart."""
     groups: dict[str, dict[str, TarMember]] = {}
     damage = None
     try:
-        with tarfile.open(path, "r:") as archive:
-            try:
-                for member in archive:
-                    if member.isfile():
-                        folder, _, base = member.name.rpartition("/")
-                        stem, _, extension = base.partition(".")
-                        key = f"{folder}/{stem}" if folder else stem
-                        groups.setdefault(key, {})[extension.lower()] = TarMember(path, member.offset_data, member.size)
-            except tarfile.TarError as error:
-                damage = str(error)
-    except tarfile.TarError as error:
-        raise ValueError(f"{path} is not an uncompressed tar file: {error}") from error
-    # Python takes a damaged or missing header for the end, which is really marked by blocks of zeros.
-    with open(path, "rb") as file:
-        file.seek(archive.offset)
-        if damage is None and file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            damage = "its end is missing"
-    for key, parts in groups.items():
-        id_ = f"{shard}/{key}" if several else key
-        try:
-            record = _from_members(id_, parts, columns)
-        except ValueError as error:
-            record = Record(id_, error=f"{shard}: {error}")
-        if record.image is not None or record.captions or record.error is not None:
-            yield record
+        for key, parts in tar_groups(path):
+            groups.setdefault(key, {}).update(parts)
+    except DamagedShard as error:
+        damage = Record(Path(path).name, error=str(error))
+    yield from filter(None, (tar_record(path, key, parts, columns, several) for key, parts in groups.items()))
     if damage is not None:
-        yield Record(shard, error=f"{path} is damaged or cut off after {archive.offset:,} bytes: {damage}")
+        yield damage
 
 
-def _from_members(id_: str, parts: Mapping[str, TarMember], columns: _Columns) -> Record:
+def tar_record(path: str, key: str, parts: Mapping[str, TarMember], columns: Columns, several: bool) -> Record | None:
+    """The record of members that belong together, or None if they hold neither a picture nor a text."""
+    shard = os.path.basename(path)
+    id_ = f"{shard}/{key}" if several else key
+    try:
+        record = _from_members(id_, parts, columns)
+    except ValueError as error:
+        record = Record(id_, error=f"{shard}: {error}")
+    return record if record.image is not None or record.captions or record.error is not None else None
+
+
+def _from_members(id_: str, parts: Mapping[str, TarMember], columns: Columns) -> Record:
     """The record of members that belong together, by their extensions.
 
     Raises:

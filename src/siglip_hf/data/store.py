@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from siglip_hf.data.sources import TarMember
+from siglip_hf.data.shards import TarMember
 from siglip_hf.extras import missing
 from siglip_hf.files import new_file, only_run, read_sealed_json, sha256, sha256_of_files, write_sealed_json
 

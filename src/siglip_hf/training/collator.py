@@ -18,6 +18,7 @@ from siglip_hf.data.embedder import draft_side, prepare_pictures
 from siglip_hf.data.sources import Record, Source
 from siglip_hf.preprocessing.image_intake import LARGE_PIXELS, PictureError, reduction
 from siglip_hf.training.pairs import Draw, check_templates, picture_key, stable_number, texts_of
+from siglip_hf.training.streams import StreamedPairs
 
 #: What `augment` can do, in the order in which it is done.
 AUGMENTATIONS = ("crop", "flip", "color")
@@ -46,7 +47,7 @@ class PairCollator:
 
     Args:
         processor: A processor of this package.
-        source: Where replacements come from; see `training_pairs`.
+        source: Where replacements come from; see `training_pairs` and `StreamedPairs`.
         seed: Of all random choices.
         augment: Any of "crop" (a random part of at least half the picture), "flip" (mirrored half of the time) and
             "color" (brightness, contrast and saturation changed by up to 20 %).
@@ -61,7 +62,7 @@ class PairCollator:
     def __init__(
         self,
         processor: Any,
-        source: Source,
+        source: Source | StreamedPairs,
         *,
         seed: int = 0,
         augment: Sequence[str] = (),
@@ -84,12 +85,13 @@ class PairCollator:
 
         Returns:
             The model's inputs (with a store, `image_embeds` (B, E) in place of pictures); `picture_keys` and
-            `text_keys`, (B,) int64, equal for equal pictures and texts; `broken`, a list of (id, reason).
+            `text_keys`, (B,) int64, equal for equal pictures and texts; `broken`, a list of (id, reason); of a stream
+            also `lanes`, a place by lane.
 
         Raises:
             ValueError: If 100 pictures in a row are broken.
         """
-        broken: list[tuple[str, str]] = []
+        broken = [unused for draw in draws for unused in draw.unused]
         rest: list[tuple[str, int, str | None]] = []
 
         def pictures() -> Iterator[Any]:
@@ -112,6 +114,8 @@ class PairCollator:
         ]
         batch["picture_keys"], batch["text_keys"] = torch.tensor(keys), torch.tensor(text_keys)
         batch["broken"] = broken
+        if lanes := dict(draw.place for draw in draws if draw.place is not None):
+            batch["lanes"] = lanes
         return batch
 
     def _example(self, draw: Draw, broken: list[tuple[str, str]]) -> tuple[Any, str, int, str | None]:
@@ -123,7 +127,7 @@ class PairCollator:
                 picture = self._picture(record, generator)
             except PictureError as error:
                 broken.append((record.id, error.reason))
-                record = self.source[generator.randrange(len(self.source))]
+                record = self.source.another(generator)
                 continue
             texts = texts_of(record, self.templates)
             text = texts[generator.randrange(len(texts))] if self.captions == "random" else texts[0]

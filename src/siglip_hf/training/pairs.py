@@ -17,12 +17,25 @@ from siglip_hf.inference.label_bank import parse_templates
 from siglip_hf.inference.pipeline import DEFAULT_TEMPLATE
 from siglip_hf.preprocessing.text_cleaning import label_words
 
+#: Where a lane of a stream is taken up: so many draws were made before, and the next block begins in this epoch, at
+#: this part of its shards, at this record.
+Place = tuple[int, int, int, int]
+
 
 class Draw(NamedTuple):
-    """One pair to be made: a record, and which draw of the run it is, from which all its random choices follow."""
+    """One pair to be made.
+
+    Attributes:
+        record: What it is made of.
+        number: Which draw of the run it is; all its random choices follow from that.
+        unused: Id and reason of records that a stream has passed over on the way to this one.
+        place: Lane of a stream, and where it can be taken up again; see `siglip_hf.training.streams`.
+    """
 
     record: Record
     number: int
+    unused: Sequence[tuple[str, str]] = ()
+    place: tuple[int, Place] | None = None
 
 
 def training_pairs(data: Any) -> Source:
@@ -41,15 +54,11 @@ def training_pairs(data: Any) -> Source:
     source = data if isinstance(data, Source) else open_source(data)
     records, unused = [], list(source.unused)
     for record in source:
-        captions = tuple(caption for caption in record.captions if _has_words(caption))
-        if record.error is not None:
-            unused.append(f"{record.id}: {record.error}")
-        elif record.image is None:
-            unused.append(f"{record.id}: no picture")
-        elif not captions and record.label is None:
-            unused.append(f"{record.id}: {'a caption without words' if record.captions else 'no caption'}")
+        pair = pair_of(record)
+        if isinstance(pair, str):
+            unused.append(f"{record.id}: {pair}")
         else:
-            records.append(record if captions == record.captions else replace(record, captions=captions))
+            records.append(pair)
     if not records:
         source.require("image", "captions")  # says what a source needs, unless all captions were without words
         raise ValueError(f"{source.name}: no caption of {len(source)} entries holds a word.")
@@ -58,6 +67,18 @@ def training_pairs(data: Any) -> Source:
         if empty:
             raise ValueError(f"{source.name}: no pictures in {', '.join(empty)}. Add some, or remove the class folder.")
     return Source(source.name, records, unused)
+
+
+def pair_of(record: Record) -> Record | str:
+    """A record with the captions that hold a word, or why it is no pair."""
+    captions = tuple(caption for caption in record.captions if _has_words(caption))
+    if record.error is not None:
+        return record.error
+    if record.image is None:
+        return "no picture"
+    if not captions and record.label is None:
+        return "a caption without words" if record.captions else "no caption"
+    return record if captions == record.captions else replace(record, captions=captions)
 
 
 def texts_of(record: Record, templates: Sequence[str]) -> tuple[str, ...]:

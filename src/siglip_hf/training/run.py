@@ -10,12 +10,14 @@ import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from transformers.trainer_callback import PrinterCallback, TrainerCallback
 
 from siglip_hf.data.sources import Source, open_source
+from siglip_hf.data.streams import open_stream
 from siglip_hf.extras import missing
 from siglip_hf.files import (
     check_folder,
@@ -33,6 +35,7 @@ from siglip_hf.parallel import PIXELS
 from siglip_hf.training.locked import freeze, store_images
 from siglip_hf.training.pairs import check_templates, picture_key, stable_number, training_pairs
 from siglip_hf.training.settings import SCHEDULES, TrainSettings
+from siglip_hf.training.streams import StreamedPairs
 from siglip_hf.training.trainer import SiglipTrainer, SiglipTrainingArguments
 
 Progress = Callable[[str, int, int], None]
@@ -54,7 +57,7 @@ class TrainReport:
     """What a run has done; all of it is in `report.json` too.
 
     Attributes:
-        pairs: Pairs of the training set.
+        pairs: Pairs of the training set; 0 of a stream, which is not counted.
         batch_size: Pairs per step.
         steps: Optimizer steps of the whole run.
         skipped: What was left out and why, a line each.
@@ -113,7 +116,7 @@ def run_training(
     output = Path(settings.output)
     first = int(os.environ.get("RANK", "0")) == 0
     source, held_out = _open_data(settings)
-    plan = _plan(settings, len(source))
+    plan = _plan(settings, len(source) if isinstance(source, Source) else settings.batch_size)
     identity = _identity(settings, plan, _fingerprint(source, held_out))
     _check_output(output, identity)
     alone = only_run(output) if first else contextlib.nullcontext()
@@ -138,7 +141,7 @@ def run_training(
         losses = [entry["loss"] for entry in history if "loss" in entry]
         where = "held out" if held_out is not None and settings.hold_out else "evaluation data"
         report = TrainReport(
-            pairs=len(source),
+            pairs=len(source) if isinstance(source, Source) else 0,
             batch_size=plan.batch_size,
             steps=plan.steps,
             skipped=[*source.unused, *(f"{id_}: {reason}" for id_, reason in broken.items())],
@@ -201,6 +204,7 @@ def _arguments(settings: TrainSettings, plan: _Plan, last: str | None) -> Siglip
         augment=settings.augment,
         captions=settings.captions,
         templates=settings.template,
+        shuffle_buffer=settings.stream,
         eval_strategy="steps" if settings.eval_every else "no",
         eval_steps=settings.eval_every,
         eval_on_start=last is None,
@@ -239,7 +243,7 @@ class _Watch(TrainerCallback):
 def _make_trainer(
     settings: TrainSettings,
     args: SiglipTrainingArguments,
-    source: Source,
+    source: Source | StreamedPairs,
     evaluated: Source,
     pyplot: Any,
     on_progress: Progress,
@@ -270,7 +274,7 @@ def _import_pyplot() -> Any:
     return pyplot
 
 
-def _open_data(settings: TrainSettings) -> tuple[Source, Source | None]:
+def _open_data(settings: TrainSettings) -> tuple[Source | StreamedPairs, Source | None]:
     """Training pairs, and pairs for evaluation if there are others."""
     check_templates(settings.template)
     columns = {name: getattr(settings, name) for name in ("image_column", "caption_column", "label_column")}
@@ -278,6 +282,9 @@ def _open_data(settings: TrainSettings) -> tuple[Source, Source | None]:
     def pairs(data: list[str]) -> Source:
         return training_pairs(open_source(data, split=settings.split, **columns))
 
+    if settings.stream:
+        streamed = StreamedPairs(open_stream(settings.data, **columns))
+        return streamed, pairs(settings.eval_data) if settings.eval_data else None
     source = pairs(settings.data)
     if settings.caption_column and not any(record.captions for record in source):
         raise ValueError(f"{source.name}: the column {settings.caption_column!r} holds no caption.")
@@ -296,18 +303,23 @@ def _open_data(settings: TrainSettings) -> tuple[Source, Source | None]:
     return Source(source.name, parts[0], source.unused), Source(f"{source.name} (held out)", parts[1])
 
 
-def _evaluated(settings: TrainSettings, source: Source, held_out: Source | None) -> Source:
+def _evaluated(settings: TrainSettings, source: Source | StreamedPairs, held_out: Source | None) -> Source:
     if held_out is not None:
         return held_out
+    if isinstance(source, StreamedPairs):
+        return Source(source.name, list(islice(source, _MOST_EVALUATED))).require("image")
     order = sorted(range(len(source)), key=lambda place: stable_number("evaluate", settings.seed, place))
     return Source(source.name, [source[place] for place in sorted(order[:_MOST_EVALUATED])])
 
 
-def _fingerprint(*sources: Source | None) -> str:
-    """What tells data from other data: the ids and texts of all records."""
+def _fingerprint(*sources: Source | StreamedPairs | None) -> str:
+    """What tells data from other data: the ids and texts of all records; of a stream, its shards' names and sizes."""
 
     def parts() -> Iterator[bytes]:
         for source in sources:
+            if isinstance(source, StreamedPairs):
+                yield source.stream.stamp.encode()
+                continue
             for record in source or ():
                 yield repr((record.id, record.captions, record.label)).encode()
             yield b"end"
@@ -317,7 +329,8 @@ def _fingerprint(*sources: Source | None) -> str:
 
 def _identity(settings: TrainSettings, plan: _Plan, data: str) -> dict[str, Any]:
     """What a run's result depends on, as it stands in its folder."""
-    values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in _FREE}
+    free = _FREE if settings.stream else {*_FREE, "stream"}  # a run from before there were streams goes on
+    values = {name: value for name, value in dataclasses.asdict(settings).items() if name not in free}
     return {**values, "batch_size": plan.batch_size, "data": data}
 
 
@@ -402,14 +415,14 @@ def _lock(
     model: Any,
     processor: Any,
     settings: TrainSettings,
-    source: Source,
+    source: Source | StreamedPairs,
     args: SiglipTrainingArguments,
     on_progress: Progress,
 ) -> Any:
     """Freezes what is to be frozen, and returns the store of image embeddings, if one is wanted."""
     if settings.freeze and not settings.lora:
         freeze(model, settings.freeze)
-    if not settings.image_store:
+    if not settings.image_store or not isinstance(source, Source):
         return None
     if any(value.requires_grad for value in model.vision_model.parameters()):
         raise ValueError("image_store needs a frozen image tower: add freeze image.")

@@ -50,6 +50,9 @@ class TrainSettings:
     )
     captions: Annotated[str, _option("random or first, of several.")] = "random"
     augment: Annotated[list[str], _option("Any of crop,flip,color.")] = field(default_factory=list)
+    stream: Annotated[
+        int, _option("Read shards from front to back, shuffled among so many pairs, in place of listing them all.")
+    ] = 0
     max_pixels: Annotated[int | None, _option("Pixels of the largest picture that is decoded.")] = None
     epochs: Annotated[float, _option("Passes over the data.")] = 10.0
     steps: Annotated[int | None, _option("Steps, in place of epochs.")] = None
@@ -92,7 +95,7 @@ class TrainSettings:
         for name in ("steps", "eval_every", "save_every", "max_pixels"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("hold_out", "lora", "weight_decay", "scale_learning_rate", "workers"):
+        for name in ("hold_out", "lora", "weight_decay", "scale_learning_rate", "workers", "stream"):
             if not 0 <= (getattr(self, name) or 0) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
         for name, value in vars(self).items():
@@ -108,6 +111,11 @@ class TrainSettings:
             raise ValueError(f"schedule={self.schedule!r} is not known; choose among {', '.join(SCHEDULES)}.")
         if self.eval_data and self.hold_out:
             raise ValueError("eval_data and hold_out are both given; pass one of them.")
+        if self.stream and (self.steps is None or self.hold_out or self.image_store):
+            raise ValueError(
+                "A stream has no length, and nothing of it can be held out or stored: give steps, and eval_data in "
+                "place of hold_out."
+            )
         if self.image_store and self.lora:
             raise ValueError("image_store needs an image tower that stays as it is; LoRA changes it. Leave out one.")
 

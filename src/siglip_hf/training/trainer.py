@@ -28,6 +28,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from siglip_hf.data.sources import Source
+from siglip_hf.data.streams import is_streamed
 from siglip_hf.files import check_folder, seal_folder
 from siglip_hf.losses.ring import control_group
 from siglip_hf.losses.sigmoid import sigmoid_loss
@@ -44,11 +45,13 @@ from siglip_hf.training.pairs import (
     positive_groups,
     training_pairs,
 )
+from siglip_hf.training.streams import StreamDraws, StreamedPairs
 
 # Checkpoints are written in here, inside the output folder, and moved out when they are whole.
 _UNFINISHED = ".unfinished"
 _SCALARS = ("logit_scale", "logit_bias")
 _BROKEN_FILE = "broken.json"
+_STREAM_FILE = "stream.json"
 _SCALARS_FILE = "scale_and_bias.safetensors"
 
 
@@ -66,6 +69,7 @@ class SiglipTrainingArguments(TrainingArguments):
         templates: Texts with `{}`, for the labels of pictures that have no captions.
         loss_chunk_size: See `sigmoid_loss`.
         keep_graphs: See `cached_backward`.
+        shuffle_buffer: Pairs of a stream among which each reader shuffles.
     """
 
     scale_learning_rate: float | None = None
@@ -74,6 +78,7 @@ class SiglipTrainingArguments(TrainingArguments):
     templates: list[str] = field(default_factory=list)
     loss_chunk_size: int | None = None
     keep_graphs: int = 1
+    shuffle_buffer: int = 2000
     # The collator reads records, of which none is a column of the model.
     remove_unused_columns: bool = False
     # Every parameter that is trained takes part in every step.
@@ -93,7 +98,7 @@ class SiglipTrainer(Trainer):
         model: The model, possibly with LoRA adapters from `peft` or frozen parts (`freeze`).
         args: Most options; plain `TrainingArguments` will not do.
         train_dataset: A `datasets.Dataset` with pictures and one or many captions each, a `Source`, or what
-            `open_source` takes.
+            `open_source` takes; or a `datasets.IterableDataset` or what `open_stream` returns, which is never listed.
         eval_dataset: Likewise, or several of them in a dict.
         processing_class: The model's processor.
         image_store: Embeddings of the training pictures, from `store_images`. Then the image tower, which must be
@@ -148,7 +153,14 @@ class SiglipTrainer(Trainer):
         if hasattr(processing_class, "check_fits") and hasattr(model, "config"):
             processing_class.check_fits(model)
         self.templates = check_templates(args.templates)
-        train_source = None if train_dataset is None else training_pairs(train_dataset)
+        train_source: Source | StreamedPairs | None = None
+        self._stream: StreamDraws | None = None
+        if is_streamed(train_dataset) or isinstance(train_dataset, StreamedPairs):
+            train_source = train_dataset if isinstance(train_dataset, StreamedPairs) else StreamedPairs(train_dataset)
+            if args.max_steps < 1 or image_store is not None:
+                raise ValueError("A stream has no length and no store: give max_steps, and no image_store.")
+        elif train_dataset is not None:
+            train_source = training_pairs(train_dataset)
         collator = None
         if train_source is not None:
             if image_store is not None:
@@ -163,6 +175,10 @@ class SiglipTrainer(Trainer):
                 templates=args.templates,
                 store=image_store,
             )
+            if isinstance(train_source, StreamedPairs):
+                readers = max(1, args.world_size) * max(1, args.dataloader_num_workers)
+                chunk = args.per_device_train_batch_size
+                self._stream = StreamDraws(train_source, collator.seed, args.shuffle_buffer, readers, chunk)
         if isinstance(eval_dataset, Mapping) and not hasattr(eval_dataset, "column_names"):
             eval_dataset = {name: training_pairs(value) for name, value in eval_dataset.items()}
         elif eval_dataset is not None:
@@ -218,15 +234,19 @@ class SiglipTrainer(Trainer):
         """
         if self.train_dataset is None:
             raise ValueError("training needs a train_dataset")
-        source: Source = self.train_dataset
-        seed = self.data_collator.seed
+        source, seed = self.train_dataset, self.data_collator.seed
 
         def epoch() -> int | None:
             finished = 0 < self.state.max_steps <= self.state.global_step
             return None if finished else self.state.global_step // sampler.steps
 
-        sampler = PairSampler(len(source), self.batch_size, seed, epoch)
-        loader = self._loader(_Draws(source), self.args.train_batch_size, self.data_collator, sampler)
+        draws: Dataset[Draw]
+        if self._stream is None:
+            sampler = PairSampler(len(source), self.batch_size, seed, epoch)
+            draws, order = _Draws(source), sampler
+        else:  # the whole run is one epoch, of which the Trainer skips what was taken, by number
+            draws, order = self._stream, range(self.args.max_steps * self.batch_size)
+        loader = self._loader(draws, self.args.train_batch_size, self.data_collator, order)
         # A batch larger than memory waits on the CPU, and each micro-batch is moved when its turn comes. The keys of a
         # batch stay there: read from an accelerator, they would have to wait for all that it has to do.
         loader.device = None  # type: ignore[attr-defined]
@@ -272,6 +292,8 @@ class SiglipTrainer(Trainer):
         if self._timer is None:
             self._timer = (time.perf_counter(), self.state.global_step)
         self.broken.update(inputs.pop("broken"))
+        if self._stream is not None:
+            self._stream.places |= inputs.pop("lanes")
         self._micro_batches.append(inputs)
         if len(self._micro_batches) < self.current_gradient_accumulation_steps:
             return torch.zeros((), device=self.args.device)
@@ -302,7 +324,8 @@ class SiglipTrainer(Trainer):
         Its gradients are such that their mean over processes, which DDP and FSDP take, is exact.
         """
         inputs = dict(inputs)
-        inputs.pop("broken", None)
+        for name in ("broken", "lanes"):
+            inputs.pop(name, None)
         positives = inputs.pop("positives") if "positives" in inputs else self._positives([inputs])
         images, texts = embed_pairs(model, inputs)
         owner = owner_of_scale(model)
@@ -456,11 +479,14 @@ class SiglipTrainer(Trainer):
 
     def broken_everywhere(self) -> dict[str, str]:
         """`broken` of all processes; each of them must call."""
-        if self.args.world_size <= 1:
-            return dict(self.broken)
-        everyone: list[Any] = [None] * self.args.world_size
-        dist.all_gather_object(everyone, self.broken)
-        return {id_: reason for part in everyone for id_, reason in part.items()}
+        return self._everywhere(self.broken)
+
+    def _everywhere(self, own: dict[Any, Any]) -> dict[Any, Any]:
+        everyone: list[Any] = [own]
+        if self.args.world_size > 1:
+            everyone *= self.args.world_size
+            dist.all_gather_object(everyone, own)
+        return {key: value for part in everyone for key, value in part.items()}
 
     # Checkpoints
 
@@ -475,9 +501,11 @@ class SiglipTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         check_folder(resume_from_checkpoint)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        counted = Path(resume_from_checkpoint, _BROKEN_FILE)
+        counted, streamed = (Path(resume_from_checkpoint, name) for name in (_BROKEN_FILE, _STREAM_FILE))
         if counted.exists():
             self.broken.update(json.loads(counted.read_text()))
+        if self._stream is not None and streamed.exists():
+            self._stream.load_state_dict(json.loads(streamed.read_text()))
         path = os.path.join(resume_from_checkpoint, _SCALARS_FILE)
         if os.path.exists(path):
             values = load_file(path)
@@ -508,6 +536,8 @@ class SiglipTrainer(Trainer):
         finally:
             self._writes_checkpoint = False
         broken = self.broken_everywhere()
+        if self._stream is not None:  # what another process has read may be read by this one when the run goes on
+            self._stream.places = self._everywhere(self._stream.places)
         self.accelerator.wait_for_everyone()
         whole = os.path.join(folder, name)
         if self.state.best_model_checkpoint == os.path.join(unfinished, name):
@@ -515,6 +545,8 @@ class SiglipTrainer(Trainer):
         if self.args.should_save:
             self.state.save_to_json(os.path.join(unfinished, name, "trainer_state.json"))
             Path(unfinished, name, _BROKEN_FILE).write_text(json.dumps(broken, ensure_ascii=False))
+            if self._stream is not None:
+                Path(unfinished, name, _STREAM_FILE).write_text(json.dumps(self._stream.state_dict()))
             seal_folder(os.path.join(unfinished, name))
             shutil.rmtree(whole, ignore_errors=True)
             os.replace(os.path.join(unfinished, name), whole)
