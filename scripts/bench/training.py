@@ -2,6 +2,7 @@
 
     python scripts/bench/training.py                       # 2 and 4 processes, 64 x 64 against 4,096 at once
     python scripts/bench/training.py --batch 256 --micro-batches 8 --micro-size 16      # a quick look
+    python scripts/bench/training.py --only-reading        # samples/s from tar shards against the same data as files
 
 Needs the loss of open_clip: pip install --no-deps open_clip_torch. Errors are relative to the plain formula of the
 whole batch in float64. Peak memory is the most that was resident in a process above its inputs.
@@ -10,26 +11,32 @@ whole batch in float64. Peak memory is the most that was resident in a process a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import os
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import machine, resident
+from common import in_turn, machine, noise_picture, resident, to_jpeg
 from loss import transformers_loss
-from siglip_hf import SiglipConfig, SiglipModel
+from siglip_hf import SiglipConfig, SiglipModel, SiglipProcessor, default_checkpoint
+from siglip_hf.data.streams import open_stream
 from siglip_hf.losses.sigmoid import sigmoid_loss
-from siglip_hf.training import cached_backward
+from siglip_hf.training import PairCollator, cached_backward
+from siglip_hf.training.pairs import Draw, PairSampler, training_pairs
+from siglip_hf.training.streams import StreamDraws, StreamedPairs
 
 PACKAGES = ("transformers", "open_clip", "siglip_hf")
 
@@ -254,6 +261,43 @@ def gradient_errors(model: nn.Module, expected: dict[str, Any]) -> tuple[float, 
     return parts[0], parts[1]
 
 
+def compare_reading(options: argparse.Namespace) -> None:
+    """Samples per second of CPU time: pairs read, decoded and resized, from files and from tar shards."""
+    rng, batch, pairs = np.random.default_rng(0), 32, options.pairs
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        Path(folder, "files").mkdir()
+        shards = [stack.enter_context(tarfile.open(Path(folder, f"{number}.tar"), "w")) for number in range(4)]
+        for number in range(pairs):
+            width, height = (int(side) for side in rng.integers(256, 512, 2))
+            path = Path(folder, "files", f"{number:06}.jpg")
+            path.write_bytes(to_jpeg(noise_picture(rng, width, height)))
+            path.with_suffix(".txt").write_text(f"picture {number}")
+            for part in (path, path.with_suffix(".txt")):
+                shards[number * len(shards) // pairs].add(part, part.name)
+        stack.close()
+        processor = SiglipProcessor.from_pretrained(default_checkpoint())
+        source = training_pairs(str(Path(folder, "files")))
+        streamed = StreamedPairs(open_stream(str(Path(folder, "*.tar"))))
+
+        def from_files() -> None:
+            collate, order = PairCollator(processor, source), list(PairSampler(pairs, batch, 0, lambda: 0))
+            for start in range(0, pairs, batch):
+                collate([Draw(source[place], number) for place, number in order[start : start + batch]])
+
+        def from_shards() -> None:
+            collate, draws = PairCollator(processor, streamed), StreamDraws(streamed, 0, 2000, 1, batch)
+            for start in range(0, pairs, batch):
+                collate([draws[number] for number in range(start, start + batch)])
+
+        spent = in_turn({"files": from_files, "shards": from_shards}, options.rounds, clock=time.process_time)
+    rates = {name: pairs / value for name, value in spent.items()}
+    print(f"\nReading {pairs:,} JPEG pictures of 256 to 512 pixels a side with captions, {batch} in a batch\n")
+    print("| pairs from | pairs per second of CPU time |\n|---|---|")
+    for name, rate in rates.items():
+        print(f"| {name} | {rate:.0f} |")
+    print(f"shards / files: {rates['shards'] / rates['files']:.3f}")
+
+
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -262,9 +306,15 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=768)
     parser.add_argument("--micro-batches", type=int, default=64)
     parser.add_argument("--micro-size", type=int, default=64)
+    parser.add_argument("--pairs", type=int, default=320)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only-reading", action="store_true")
     parser.add_argument("--json", help="also write the first table into this file")
     options = parser.parse_args()
     print(machine("cpu"))
+    compare_reading(options)
+    if options.only_reading:
+        return
     rows = compare_processes(options)
     compare_accumulation(options)
     if options.json:

@@ -167,6 +167,8 @@ def test_rows_that_a_generator_makes():
     stream = open_stream(data, image_column="jpg", caption_column="txt")
     assert stream.shards == ["shard-0", "shard-1"]
     assert [record.load_picture().getpixel((0, 0))[0] for record in stream] == [0, 1, 10, 11]
+    with pytest.raises(ValueError, match="it can be trained on"):
+        open_source(data)
     with pytest.raises(ValueError, match="the dataset has no column 'img'; it has jpg, txt"):
         open_stream(data, image_column="img")
 

@@ -197,6 +197,11 @@ def open_source(
     """
     columns = Columns(image_column, caption_column, label_column)
     if hasattr(data, "column_names"):
+        if not hasattr(data, "__len__"):
+            raise ValueError(
+                "A streaming dataset has no length and no rows to go back to; it can be trained on. For all else, load "
+                "it without streaming=True."
+            )
         return _from_dataset(data, columns, split, "the dataset")
     paths = [os.fspath(data)] if isinstance(data, str | os.PathLike) else [os.fspath(path) for path in data]
     name = paths[0] if len(paths) == 1 else f"{len(paths)} sources"
