@@ -80,6 +80,11 @@ def test_shards_that_are_shared_have_lanes_of_one_length(shards):
     assert {step for _, _, step in draws_of(shards, 5)._parts(3, 0)} == {1}, "with enough of them, each has one reader"
 
 
+def test_more_readers_than_pairs(tmp_path):
+    draws = draws_of(write_shards(tmp_path / "few", 1, 3), 16, chunk=1)
+    assert Counter(captions(draws, range(48))).keys() == {f"the {number} cat" for number in range(3)}
+
+
 def test_pairs_of_a_block_come_in_another_order(shards):
     draws = draws_of(shards, 1, block=12)
     found = [int(caption.split()[1]) for caption in captions(draws, range(60))]
@@ -241,6 +246,7 @@ def test_a_dataset_that_streams(tmp_path, checkpoint, naflex):
 def member(rank, shards, output, checkpoint, rendezvous, after):
     """One of three processes of a run, which are killed when a checkpoint is there."""
     torch.set_num_threads(1)
+    mp.set_start_method("fork", force=True)  # of the workers, which would import all anew
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     for name, value in {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 3, "LOCAL_WORLD_SIZE": 3}.items():
         os.environ[name] = str(value)

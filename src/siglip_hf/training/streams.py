@@ -143,6 +143,6 @@ class StreamDraws(Dataset[Draw]):
         whole = len(order) - len(order) % self.lanes
         share = self.lanes // math.gcd(len(order), self.lanes)  # so that the others make as many parts for each lane
         parts = [(shard, 0, 1) for shard in order[:whole]]
-        for turn, shard in enumerate(order[whole:]):  # turned, or one lane would always get the shorter parts
+        for turn, shard in enumerate(order[whole:], epoch):  # turned, or one lane would always get the shorter parts
             parts += [(shard, (start + turn) % share, share) for start in range(share)]
         return parts[lane :: self.lanes]
