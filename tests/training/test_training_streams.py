@@ -255,7 +255,8 @@ def member(rank, shards, output, checkpoint, rendezvous, after):
 
     def noted(self, model, inputs, *args):
         with open(f"{output}.{rank}", "a") as file:
-            file.write(f"{self.state.global_step} {inputs['picture_keys'].tolist()}\n")
+            pixels = inputs["pixel_values"].double().sum().item()
+            file.write(f"{self.state.global_step} {json.dumps([inputs['picture_keys'].tolist(), pixels])}\n")
         if self.state.global_step == after:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, model, inputs, *args)
@@ -293,17 +294,20 @@ def test_three_processes_that_are_killed(tmp_path, checkpoint, count):
     assert in_three(shards, tmp_path / "whole", checkpoint) == [0, 0, 0]
     assert in_three(shards, tmp_path / "killed", checkpoint, after=7)[1] == -signal.SIGKILL
     assert in_three(shards, tmp_path / "killed", checkpoint) == [0, 0, 0]
-    assert largest_difference(parameters(tmp_path / "killed"), parameters(tmp_path / "whole")) == 0
+    # DDP adds up the gradients of three processes in another order in the first step after a start.
+    assert largest_difference(parameters(tmp_path / "killed"), parameters(tmp_path / "whole")) < 1e-4
 
     def drawn(name, rank):
         found = {}
         for line in Path(f"{tmp_path / name}.{rank}").read_text().splitlines():
-            step, _, keys = line.partition(" ")
-            assert found.setdefault(step, keys) == keys, "a step that is taken again has the same pairs"
+            step, _, batch = line.partition(" ")
+            batches = found.setdefault(step, [])
+            batches += [batch] if batch not in batches else []
         return found
 
     for rank in range(3):
-        assert drawn("killed", rank) == drawn("whole", rank)
+        assert drawn("killed", rank) == drawn("whole", rank), "also what is drawn again has the same pairs and pixels"
     # 10 steps of 6 are one epoch of 60.
-    keys = [key for rank in range(3) for keys in drawn("whole", rank).values() for key in json.loads(keys)]
+    batches = [batch for rank in range(3) for step in drawn("whole", rank).values() for batch in step]
+    keys = [key for batch in batches for key in json.loads(batch)[0]]
     assert len(keys) == len(set(keys)) == 60

@@ -55,7 +55,7 @@ def tar_groups(path: str) -> Iterator[tuple[str, dict[str, TarMember]]]:
         with tarfile.open(path, "r:") as archive:
             try:
                 while member := archive.next():
-                    archive.members.clear()  # or it keeps every header that it has read
+                    archive.members.clear()  # type: ignore[attr-defined]  # or it keeps all headers that it has read
                     if not member.isfile():
                         continue
                     folder, _, base = member.name.rpartition("/")

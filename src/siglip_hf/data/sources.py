@@ -431,7 +431,7 @@ def cell_place(value: Any, folder: Path) -> str | None:
 def _from_rows(
     name: str, rows: Iterable[Mapping[str, Any] | str], columns: Columns, image: Callable[[Any], Any], stem: str
 ) -> Source:
-    records, unused, seen = [], [], set()
+    records, unused, seen = [], [], set[str]()
     for number, row in enumerate(rows):
         if isinstance(row, str):
             records.append(Record(f"{stem}:{number}", error=row))

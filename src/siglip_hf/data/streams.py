@@ -140,9 +140,9 @@ class _DatasetStream(Stream):
     def _read(self, shard: int, first: int, step: int) -> Iterator[tuple[int, Record | None]]:
         rows = self._data.shard(len(self.shards), shard).skip(first)
         for number, row in islice(enumerate(_rows(rows), first), 0, None, step):
-            label = row.get(self.columns.label)
-            if self._label is not None and label is not None:
-                row[self.columns.label] = self._label(label)
+            column = self.columns.label
+            if self._label is not None and column is not None and row[column] is not None:
+                row[column] = self._label(row[column])
             yield number, row_record(row, self.columns, self._image, f"{self.shards[shard]}:{number}")
 
     def _image(self, row: Any) -> Any:

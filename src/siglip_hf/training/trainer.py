@@ -240,13 +240,12 @@ class SiglipTrainer(Trainer):
             finished = 0 < self.state.max_steps <= self.state.global_step
             return None if finished else self.state.global_step // sampler.steps
 
-        draws: Dataset[Draw]
         if self._stream is None:
             sampler = PairSampler(len(source), self.batch_size, seed, epoch)
-            draws, order = _Draws(source), sampler
+            loader = self._loader(_Draws(source), self.args.train_batch_size, self.data_collator, sampler)
         else:  # the whole run is one epoch, of which the Trainer skips what was taken, by number
-            draws, order = self._stream, range(self.args.max_steps * self.batch_size)
-        loader = self._loader(draws, self.args.train_batch_size, self.data_collator, order)
+            numbers = range(self.args.max_steps * self.batch_size)
+            loader = self._loader(self._stream, self.args.train_batch_size, self.data_collator, numbers)
         # A batch larger than memory waits on the CPU, and each micro-batch is moved when its turn comes. The keys of a
         # batch stay there: read from an accelerator, they would have to wait for all that it has to do.
         loader.device = None  # type: ignore[attr-defined]
