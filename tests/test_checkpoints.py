@@ -86,10 +86,10 @@ def test_pictures_of_an_unseen_style_get_their_label(model, processor):
     with torch.inference_mode():
         logits = model(**inputs).logits_per_image  # (24, 24), the right label on the diagonal
     right = (logits.argmax(1) == torch.arange(24)).sum().item()
-    assert right >= 16  # 17 when it was trained; chance is 1
+    assert right >= 20  # 21 when it was trained; chance is 1
     scores = logits.sigmoid()
-    assert scores.diagonal().median() > 0.3  # 0.38
-    assert scores[~torch.eye(24, dtype=torch.bool)].median() < 0.01
+    assert scores.diagonal().median() > 0.9  # 0.99
+    assert scores[~torch.eye(24, dtype=torch.bool)].median() < 0.2  # 0.13
 
 
 def test_text_is_read_in_several_languages(model, processor):

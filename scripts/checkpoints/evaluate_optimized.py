@@ -46,13 +46,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/pictures"), help="what build_pictures.py wrote")
     options = parser.parse_args()
     evaluator = Evaluator(siglip_hf.default_checkpoint(), read_concepts(options.data))
-    results = {"float32": evaluate(evaluator, options.data)}
+    results = {"float32": evaluate(evaluator, options.data)[0]}
     for kind, arguments in KINDS.items():
         evaluator = Evaluator(siglip_hf.default_checkpoint(), evaluator.concepts)
         report = siglip_hf.optimize(evaluator.model, **arguments).optimization
         assert report.packed_blocks, report.notes
         evaluator.model = _InFloat32(evaluator.model)  # type: ignore[assignment]
-        results[kind] = evaluate(evaluator, options.data)
+        results[kind] = evaluate(evaluator, options.data)[0]
         print(f"{kind}: least cosine of the probe {report.cosine:.5f}")
     table = Table("percent", *results)
     for style in results["float32"]:

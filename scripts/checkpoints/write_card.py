@@ -47,7 +47,7 @@ def figures_table(figures: dict[str, Any]) -> str:
 
     def cell(style: str, name: str) -> str:
         value = figures[style][name]
-        return "< 0.005" if value < 0.005 else f"{value:g}"
+        return "< 0.005" if value < 0.005 else f"{value:.2f}"
 
     names = [name for name in figures["openmoji"] if name in figures["fxemoji"] and name != "reliability"]
     return markdown(

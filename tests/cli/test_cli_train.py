@@ -205,7 +205,7 @@ def test_data_that_cannot_be(checkpoint, tmp_path, capsys):
     assert train(tmp_path / "none", tmp_path / "run", checkpoint) == 2
     assert "no such file or folder" in error_of(capsys)
     assert main(["train", "--output", str(tmp_path / "run")]) == 2
-    assert "Missing argument 'DATA'. See siglip-hf train --help\n" in error_of(capsys)
+    assert "Missing argument 'DATA'. See siglip-hf train --help" in error_of(capsys)
     assert main(["train", str(tmp_path / "empty")]) == 2
     assert "Missing option '--out'" in error_of(capsys)
     (tmp_path / "pictures").mkdir()

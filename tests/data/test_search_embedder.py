@@ -188,5 +188,5 @@ def test_a_thread_that_starts_while_another_embeds_keeps_its_torch_threads(check
 
 
 def test_half_a_character_is_no_text(embedder):
-    with pytest.raises(ValueError, match=r"'a \\udcff' cannot be a text: the character at place 2"):
+    with pytest.raises(ValueError, match=r"'a \\udcff' cannot be a text \(texts\[1\]\): the character at place 2"):
         embedder.embed_texts(["a cat", "a \udcff"])

@@ -193,9 +193,9 @@ def test_published_snippet_on_the_embedded_checkpoint(monkeypatch, capsys):
     exec(code, names)
     assert "that image 0 is 'a cat'" in capsys.readouterr().out
     assert tiny.linears(names["model"], bnb.nn.Linear4bit) == tiny.linears(names["model"])
-    # The 4-bit model ranks the labels as the one in full precision does.
+    # The 4-bit model names the picture as the one in full precision does.
     with torch.no_grad():
         model = AutoModel.from_pretrained(siglip_hf.default_checkpoint(), dtype=torch.float32)
         expected = model(**names["inputs"]).logits_per_image
-    assert names["logits_per_image"].argsort().tolist() == expected.argsort().tolist()
-    assert expected.argmax() == 0
+    assert names["logits_per_image"].argmax() == expected.argmax() == 0
+    torch.testing.assert_close(names["logits_per_image"].float(), expected, atol=1.0, rtol=0)

@@ -192,8 +192,11 @@ def _explain(error: Exception) -> str:
     """What went wrong, for one line."""
     # Errors of usage come with an exit code and a message for the user, whatever class a version of typer has.
     if hasattr(error, "format_message"):
-        context = getattr(error, "ctx", None)
-        command = " ".join(["siglip-hf", *context.command_path.split()[1:]]) if context else "siglip-hf"
+        names, context = [], getattr(error, "ctx", None)
+        while context is not None and context.parent is not None:  # the outermost has the name of the program
+            names.insert(0, str(context.info_name))
+            context = context.parent
+        command = " ".join(["siglip-hf", *names])
         return f"{error.format_message().rstrip('.')}. See {command} --help"
     if isinstance(error, OSError) and error.errno in _FULL:
         return f"the disk of {error.filename or 'the output'} is full: {error}"

@@ -439,7 +439,7 @@ def check_text(text: Any, place: str = "") -> None:
     if not isinstance(text, str) or not text.strip():
         kind = type(text).__name__
         raise ValueError(f"{place}{text!r} of type {kind} is not a text; pass strings with words in them.")
-    check_characters(text, place.rstrip(": ") or "a text")
+    check_characters(text, f"a text ({place.rstrip(': ')})" if place else "a text")
 
 
 def _as_pictures(pictures: Any) -> Iterable[Any]:

@@ -27,8 +27,8 @@ def test_figures_have_a_column_per_style_and_their_chance():
     }
     lines = figures_table(figures).splitlines()
     assert lines[2:] == [
-        "| 10-way, seen concepts | 95.5 | 90.25 | 10 |",
-        "| top-1, bare English label | 50 | < 0.005 | 0.07 |",
+        "| 10-way, seen concepts | 95.50 | 90.25 | 10 |",
+        "| top-1, bare English label | 50.00 | < 0.005 | 0.07 |",
     ]
 
 

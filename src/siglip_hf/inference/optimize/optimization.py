@@ -27,9 +27,9 @@ from siglip_hf.parallel import usable_cores
 
 logger = logging.get_logger(__name__)
 
-#: The least cosine of embeddings before and after in bfloat16, and the largest difference of unit embeddings in
-#: float32, for a model to stay optimized.
-LEAST_COSINE = 0.9999
+#: The least cosine of embeddings before and after in bfloat16, whose rounding alone costs a small tower 0.0002 on the
+#: probe, and the largest difference of unit embeddings in float32, for a model to stay optimized.
+LEAST_COSINE = 0.9995
 LARGEST_DIFFERENCE = 1e-5
 LEAST_COSINE_INT8 = 0.99
 
