@@ -10,10 +10,10 @@ from siglip_hf.data.embedder import SiglipEmbedder
 from siglip_hf.extras import missing
 
 if TYPE_CHECKING:
-    from mteb.models import EncoderProtocol
+    from mteb.models.abs_encoder import AbsEncoder
 
 
-def mteb_model(model: str | os.PathLike[str] | None = None, *, device: str | None = None) -> EncoderProtocol:
+def mteb_model(model: str | os.PathLike[str] | None = None, *, device: str | None = None) -> AbsEncoder:
     """A checkpoint for `mteb.evaluate(mteb_model(FOLDER), mteb.get_tasks([...]))`.
 
     It is mteb's own wrapper of SigLIP, which alone takes only names that mteb knows; the numbers are comparable with
