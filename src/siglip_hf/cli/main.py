@@ -192,7 +192,8 @@ def _explain(error: Exception) -> str:
     """What went wrong, for one line."""
     # Errors of usage come with an exit code and a message for the user, whatever class a version of typer has.
     if hasattr(error, "format_message"):
-        names, context = [], getattr(error, "ctx", None)
+        names: list[str] = []
+        context = getattr(error, "ctx", None)
         while context is not None and context.parent is not None:  # the outermost has the name of the program
             names.insert(0, str(context.info_name))
             context = context.parent

@@ -382,7 +382,7 @@ class SiglipEmbedder:
 
         return self._fetch(([result for result, _ in done], start(done)) for done in prepared_batches())
 
-    def _join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    def _join(self, parts: list[torch.Tensor]) -> torch.Tensor:
         """Parts of a batch in one tensor, from which the device can copy by itself if it can at all."""
         if not copies_by_itself(self.device):
             return torch.cat(parts)

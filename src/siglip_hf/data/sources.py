@@ -257,6 +257,11 @@ def find_pictures(sources: Iterable[str]) -> list[str]:
 
 
 def expand(source: str) -> list[str]:
+    """What a pattern matches, sorted; the source itself if it is none or matches nothing.
+
+    Args:
+        source: a path, a URL or a pattern such as "shards/*.tar".
+    """
     if glob.has_magic(source) and not os.path.exists(source) and "://" not in source:
         return sorted(glob.glob(source, recursive=True)) or [source]
     return [source]
@@ -280,8 +285,7 @@ def _named(name: str, records: Sequence[Record], unused: Sequence[str] = ()) -> 
 def checked(record: Record) -> Record:
     """The record, or one with an error if a name or text of it cannot be stored: it has half characters, or NUL.
 
-    Half characters (lone surrogates) stand in Python for bytes of a file's name that are not UTF-8, and come out of
-    JSON escapes such as "\\ud800".
+    Half characters (lone surrogates) stand for bytes of a file's name that are not UTF-8, or come out of JSON escapes.
     """
     place = record.image.path if isinstance(record.image, TarMember) else record.image
     texts = {"name": record.id, "path": place, "label": record.label, "caption": "".join(record.captions)}
@@ -304,6 +308,10 @@ class Columns(NamedTuple):
 
     def among(self, present: Sequence[str], name: str) -> Columns:
         """The columns to read of a table.
+
+        Args:
+            present: names of the table's columns.
+            name: of the table, for the error.
 
         Raises:
             ValueError: if a column that was asked for is not there.
@@ -410,7 +418,12 @@ def _rows(path: Path) -> Iterator[dict[str, Any] | str]:
 
 
 def json_row(number: int, line: str) -> dict[str, Any] | str | None:
-    """The row in a line of a JSONL file, or what is wrong with it; None if it is blank or null."""
+    """The row in a line of a JSONL file, or what is wrong with it; None if it is blank or null.
+
+    Args:
+        number: of the line, for what is wrong with it.
+        line: its text.
+    """
     try:
         entry: Any = parse_json(line) if line.strip() else None
     except ValueError as error:
@@ -419,11 +432,15 @@ def json_row(number: int, line: str) -> dict[str, Any] | str | None:
 
 
 def cell_place(value: Any, folder: Path) -> str | None:
-    """The path or URL that a cell names, from the folder of its table."""
+    """The path or URL that a cell names; None if it is empty.
+
+    Args:
+        value: the cell.
+        folder: of its table, where relative paths begin.
+    """
     if value is None or not str(value).strip():
         return None
-    text = str(value).strip()
-    if text.startswith("file://"):
+    if (text := str(value).strip()).startswith("file://"):
         return url2pathname(urlsplit(text).path)
     return text if "://" in text or os.path.isabs(text) else str(folder / text)
 
@@ -467,6 +484,11 @@ def row_record(
 
 
 def import_datasets() -> Any:
+    """The package `datasets`.
+
+    Raises:
+        ImportError: if it is missing, with what to type.
+    """
     try:
         import datasets
     except ImportError as error:
@@ -534,18 +556,25 @@ def _from_tar(path: str, columns: Columns, several: bool) -> Iterator[Record]:
 
 
 def tar_record(path: str, key: str, parts: Mapping[str, TarMember], columns: Columns, several: bool) -> Record | None:
-    """The record of members that belong together, or None if they hold neither a picture nor a text."""
-    shard = os.path.basename(path)
-    id_ = f"{shard}/{key}" if several else key
+    """The record of members that belong together, or None if they hold neither a picture nor a text.
+
+    Args:
+        path: of the shard.
+        key: what the members' names have in common.
+        parts: the members by extension.
+        columns: of a member `.json`.
+        several: whether the source has other shards, so that the record's id needs the shard's name.
+    """
+    id_ = f"{os.path.basename(path)}/{key}" if several else key
     try:
         record = _from_members(id_, parts, columns)
     except ValueError as error:
-        record = Record(id_, error=f"{shard}: {error}")
+        record = Record(id_, error=f"{os.path.basename(path)}: {error}")
     return record if record.image is not None or record.captions or record.error is not None else None
 
 
 def _from_members(id_: str, parts: Mapping[str, TarMember], columns: Columns) -> Record:
-    """The record of members that belong together, by their extensions.
+    """The record of members by their extensions.
 
     Raises:
         ValueError: if one of those with texts cannot be read; the message names it.

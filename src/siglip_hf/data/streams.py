@@ -63,6 +63,11 @@ class Stream:
 
         What cannot be read is a record with an `error`, and so is the rest of a shard that is damaged, cut off or gone.
         Places without picture and text are passed over.
+
+        Args:
+            shard: number of the shard.
+            first: place of the first record.
+            step: from one record to the next.
         """
         place = first
         try:

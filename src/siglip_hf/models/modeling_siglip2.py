@@ -192,7 +192,8 @@ class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
         shapes = spatial_shapes[:, None].expand(-1, length, -1)  # (B, N, 2)
 
         mask: Any = None
-        padding = is_patch if pixel_attention_mask is None else pixel_attention_mask
+        padding: torch.Tensor | None = is_patch if pixel_attention_mask is None else pixel_attention_mask
+        pool_from: tuple[torch.Tensor, torch.Tensor | None, str | None, Any] | None = None
         if packed and len(pixel_values) > 0:
             packing = packed if isinstance(packed, Packing) else self._pack(config, seen)
             packing = packing.to(device)
@@ -213,7 +214,8 @@ class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
                 hidden_states = self.encoder(hidden_states, mask, **kwargs)
             packed_states = self.post_layernorm(hidden_states)
             hidden_states = packing.by_picture(packed_states, length)  # (B, N, D)
-            pool_from = (packed_states, None, implementation, packing.flash_lengths(1)) if by_length else None
+            if by_length:
+                pool_from = packed_states, None, implementation, packing.flash_lengths(1)
         else:
             if seen is not None and seen.masks_nothing(length):
                 padding = None
@@ -222,7 +224,6 @@ class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
                 config, hidden_states, padding, allow_is_bidirectional_skip=padding is None
             )
             hidden_states = self.post_layernorm(self.encoder(hidden_states, mask, **kwargs))
-            pool_from = None
 
         pooled, weights = None, None
         if self.use_head and pool:
@@ -270,7 +271,9 @@ class Siglip2VisionModel(SiglipVisionModel, Siglip2PreTrainedModel):
         return seen
 
     @staticmethod
-    def _pack(config: Siglip2VisionConfig, seen: Seen) -> Packing:
+    def _pack(config: Siglip2VisionConfig, seen: Seen | None) -> Packing:
+        if seen is None:
+            raise ValueError("packed=True needs the numbers of patches, which a graph that is traced does not know")
         by_length = is_flash_attention_requested(config)
         if not by_length and config._attn_implementation not in MASKED_ATTENTION:
             raise ValueError(

@@ -73,7 +73,7 @@ class CompiledBlock(FusedBlock):
         from torch._dynamo import mark_dynamic  # takes long to import, as torch.compile itself does
 
         norms = (self.block.layer_norm1, self.block.layer_norm2)
-        weights = [(norm.weight, norm.bias) for norm in norms]
+        weights: list[tuple[torch.Tensor, ...]] = [(norm.weight, norm.bias) for norm in norms]
         weights += [part.tensors() for part in (self.qkv, self.out, self.fc1, self.fc2)]
         if len(hidden_states) > 1:  # a batch of 1 is always a case of its own to torch.compile
             hidden_states = hidden_states.detach()  # the mark is for this call, not for the caller's tensor
@@ -84,7 +84,7 @@ class CompiledBlock(FusedBlock):
 
 @functools.cache
 def _activation(name: str) -> nn.Module:
-    """One module for all blocks: torch.compile would compile for each of several anew."""
+    """One module for all blocks: torch.compile would compile again for each of several."""
     return ACT2FN[name]
 
 
@@ -97,11 +97,11 @@ def _block(
     states: torch.Tensor, weights: list[tuple[torch.Tensor, ...]], heads: int, scale: float, eps: float, activation: Any
 ) -> torch.Tensor:
     """A pre-norm block (B, S, D) -> (B, S, D); weights and biases of norm 1, norm 2, qkv, out, fc1, fc2."""
-    norm1, norm2, qkv, out, fc1, fc2 = weights
+    (gain1, shift1), (gain2, shift2), qkv, out, fc1, fc2 = weights
     width = states.shape[-1:]
-    attended = _attend(F.linear(F.layer_norm(states, width, *norm1, eps), *qkv), None, heads, scale)
+    attended = _attend(F.linear(F.layer_norm(states, width, gain1, shift1, eps), *qkv), None, heads, scale)
     states = states + F.linear(attended, *out)
-    return states + F.linear(activation(F.linear(F.layer_norm(states, width, *norm2, eps), *fc1)), *fc2)
+    return states + F.linear(activation(F.linear(F.layer_norm(states, width, gain2, shift2, eps), *fc1)), *fc2)
 
 
 def _attend(qkv: torch.Tensor, mask: torch.Tensor | None, heads: int, scale: float) -> torch.Tensor:
