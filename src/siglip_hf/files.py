@@ -367,4 +367,6 @@ def _error_number(error: Exception) -> int | None:
         return error.errno
     if found := re.search(r"\(os error (\d+)\)", str(error)):  # Rust's, such as safetensors'
         return int(found[1])
-    return errno.ENOSPC if "PytorchStreamWriter failed" in str(error) else None
+    # torch.save: a part was not written, or only some of its bytes.
+    torch_says = ("PytorchStreamWriter failed", "inline_container.cc")
+    return errno.ENOSPC if any(words in str(error) for words in torch_says) else None
