@@ -89,7 +89,7 @@ def test_texts(embedder, checkpoint):
         (["a", None], r"texts\[1\]: None of type NoneType"),
         (["a", "b", float("nan")], r"texts\[2\]: nan of type float"),
         (b"a", r"texts\[0\]: b'a' of type bytes"),
-        (["a", "b\ud800"], r"cannot be texts\[1\]: the character"),
+        (["a", "b\ud800"], r"cannot be a text \(texts\[1\]\): the character"),
     ):
         with pytest.raises(ValueError, match=named):
             embedder.embed_texts(wrong)

@@ -117,10 +117,10 @@ class Packing(NamedTuple):
     patches: torch.Tensor
     bounds: torch.Tensor
 
-    def to(self, device: torch.device) -> Packing:
-        """The same on a device, to which all places go in one copy."""
+    def to(self, device: torch.device | str, **_: Any) -> Packing:
+        """The same on a device, to which all places go in one copy. Accelerate's hooks call it as a tensor's `to`."""
         places = [self.slots, self.pictures, self.patches, self.bounds]
-        moved = send(torch.cat(places), device).split([len(each) for each in places])
+        moved = send(torch.cat(places), torch.device(device)).split([len(each) for each in places])
         return self._replace(slots=moved[0], pictures=moved[1], patches=moved[2], bounds=moved[3])
 
     def take(self, padded: torch.Tensor) -> torch.Tensor:
